@@ -1,0 +1,1 @@
+# GPU kernels. A build links exactly one of cuda/ and hip/.

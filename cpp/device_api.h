@@ -1,0 +1,48 @@
+// What the expert pager needs of a device: streams, events, asynchronous copies, pinned registration. No torch.
+//
+// One file a backend: cpp/cpu/device.cpp (copies on a worker thread), later cuda/, hip/ and a virtual-time device.
+// Handles are opaque and belong to the device that made them. Every call throws DeviceError on failure.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace usaf {
+
+struct MemoryInfo {
+  int64_t free_bytes, total_bytes;
+};
+
+class Device {
+ public:
+  using Stream = void*;  // null is never a copy stream
+  using Event = void*;
+
+  virtual ~Device() = default;
+  Device() = default;
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  virtual const char* name() const = 0;  // "cpu", "cuda", "hip"
+  virtual MemoryInfo memory_info() const = 0;
+
+  virtual Stream create_stream() = 0;
+  virtual void destroy_stream(Stream stream) noexcept = 0;
+  virtual Event create_event() = 0;
+  virtual void destroy_event(Event event) noexcept = 0;
+
+  // `stream` may be a created stream or the caller's compute stream (a native handle; null on the CPU, where the compute
+  // stream is the calling thread itself).
+  virtual void record(Event event, Stream stream) = 0;
+  virtual void stream_wait(Stream stream, Event event) = 0;  // later work on `stream` waits for `event`
+  virtual bool query(Event event) = 0;                       // done? An event never recorded counts as done.
+  virtual void synchronize(Event event) = 0;                 // the host waits
+  virtual void copy_async(void* dst, const void* src, int64_t bytes, Stream stream) = 0;
+
+  virtual void register_host(void* pointer, size_t bytes) = 0;
+  virtual void unregister_host(void* pointer) noexcept = 0;
+};
+
+std::shared_ptr<Device> make_cpu_device();
+
+}  // namespace usaf

@@ -1,0 +1,46 @@
+// The trained neurons of one layer, sorted by (expert, neuron). Holds pointers and the index; the tensors belong to
+// Python (usaf_ext/bank.py), which keeps them alive and is the one that saves them.
+//
+// Neuron i owns three consecutive rows (gate, up, down^T), so every array is [num_neurons, 3, ..].
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "../numerics/formats.h"
+
+namespace usaf {
+
+struct BankPointers {
+  const uint8_t* codes = nullptr;      // [num_neurons, 3, code_bytes]
+  const float* absmax = nullptr;       // [num_neurons, 3, num_blocks]
+  float* grad = nullptr;               // [num_neurons, 3, hidden_size], or null: nothing of this layer is being trained
+  const int32_t* neuron_expert = nullptr;  // [num_neurons]
+  const int32_t* neuron_index = nullptr;   // [num_neurons]
+};
+
+class RowBank {
+ public:
+  // `neuron_expert`/`neuron_index` are host copies of the index. Throws std::invalid_argument unless it is sorted,
+  // distinct and in range.
+  RowBank(Format format, int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
+          const std::vector<int32_t>& neuron_expert, const std::vector<int32_t>& neuron_index, const BankPointers& pointers);
+
+  int64_t num_neurons() const { return static_cast<int64_t>(index_.size()); }
+  // Neurons of `expert` are [first_neuron(expert), first_neuron(expert + 1)).
+  int64_t first_neuron(int64_t expert) const { return first_neuron_[static_cast<size_t>(expert)]; }
+  const BankPointers& pointers() const { return pointers_; }
+
+  // Where the rows of expert e's neurons go in a decoded matrix [intermediate_size, hidden_size]: their neuron_index.
+  const int64_t* row_targets(int64_t expert) const { return index_.data() + first_neuron(expert); }
+  // Where they stand in the bank as rows [num_neurons * 3]: 3 * i + matrix.
+  const int64_t* bank_rows(int matrix, int64_t expert) const {
+    return rows_[static_cast<size_t>(matrix)].data() + first_neuron(expert);
+  }
+
+ private:
+  std::vector<int64_t> index_, first_neuron_;
+  std::vector<int64_t> rows_[3];
+  BankPointers pointers_;
+};
+
+}  // namespace usaf

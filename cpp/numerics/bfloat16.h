@@ -1,0 +1,49 @@
+// bfloat16 as its 16 bits: conversion to and from float, round to nearest even (IEEE 754; NaN stays a quiet NaN).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "host_device.h"
+
+namespace usaf {
+
+struct Bf16 {
+  uint16_t bits;
+};
+static_assert(sizeof(Bf16) == 2, "bfloat16 is two bytes");
+
+USAF_HD uint32_t float_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+USAF_HD float bits_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+USAF_HD float to_float(Bf16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
+USAF_HD float to_float(float value) { return value; }
+
+USAF_HD Bf16 to_bf16(float value) {
+  const uint32_t bits = float_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return Bf16{static_cast<uint16_t>(is_nan ? quiet_nan : rounded)};
+}
+
+template <class T>
+USAF_HD T from_float(float value);
+template <>
+USAF_HD float from_float<float>(float value) {
+  return value;
+}
+template <>
+USAF_HD Bf16 from_float<Bf16>(float value) {
+  return to_bf16(value);
+}
+
+}  // namespace usaf

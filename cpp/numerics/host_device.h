@@ -1,0 +1,11 @@
+// What the numerics need to compile as host C++, CUDA and HIP alike.
+//
+// Everything under cpp/numerics/ takes values and returns values: no torch, no threads, no global memory. It must be
+// compiled with floating-point contraction off (-ffp-contract=off, -fmad=false): backends agree bit for bit.
+#pragma once
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define USAF_HD __host__ __device__ __forceinline__
+#else
+#define USAF_HD inline
+#endif

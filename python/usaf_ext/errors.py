@@ -1,0 +1,17 @@
+"""The errors of usaf_ext. Bad arguments raise TypeError or ValueError; these are for everything else."""
+
+
+class UsafError(RuntimeError):
+    """Base of every error that is usaf_ext's own."""
+
+
+class StoreError(UsafError):
+    """A store, delta or checkpoint is damaged, foreign, too new, or does not fit the model."""
+
+
+class BudgetError(UsafError):
+    """A memory budget is too small; the message names the smallest that works."""
+
+
+class DeviceError(UsafError):
+    """A device call failed."""
