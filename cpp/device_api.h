@@ -31,8 +31,8 @@ class Device {
   virtual Event create_event() = 0;
   virtual void destroy_event(Event event) noexcept = 0;
 
-  // `stream` may be a created stream or the caller's compute stream (a native handle; null on the CPU, where the compute
-  // stream is the calling thread itself).
+  // `stream` may be a created stream or the caller's compute stream (a native handle; null on the CPU, where the
+  // compute stream is the calling thread itself).
   virtual void record(Event event, Stream stream) = 0;
   virtual void stream_wait(Stream stream, Event event) = 0;  // later work on `stream` waits for `event`
   virtual bool query(Event event) = 0;                       // done? An event never recorded counts as done.

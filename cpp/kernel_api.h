@@ -1,9 +1,10 @@
 // The seam between the ops and the kernels: plain argument structs and launchers, no torch.
 //
-// Every backend defines the launchers of kernel_launchers.inc with the same signatures: usaf::cpu in cpp/cpu/, usaf::gpu
-// in cuda/ or in hip/ (a build links exactly one of them). `stream` comes last, is a backend's native stream handle and
-// is never defaulted; the CPU ignores it. All pointers are on the backend's device; rows are contiguous unless a stride
-// says otherwise. Launchers throw std::invalid_argument or DeviceError; zero-sized work is valid and does nothing.
+// Every backend defines the launchers of kernel_launchers.inc with the same signatures: usaf::cpu in cpp/cpu/,
+// usaf::gpu in cuda/ or in hip/ (a build links exactly one of them). `stream` comes last, is a backend's native stream
+// handle and is never defaulted; the CPU ignores it. All pointers are on the backend's device; rows are contiguous
+// unless a stride says otherwise. Launchers throw std::invalid_argument or DeviceError; zero-sized work is valid and
+// does nothing.
 #pragma once
 #include <cstdint>
 
@@ -98,8 +99,8 @@ struct ScatterAddRowsArgs {
   DType dtype, weights_dtype;
 };
 
-// h = act(gate) * up. gate_up [num_rows, 2 * intermediate_size]: gate columns then up columns, or (interleaved) gate and
-// up alternating. bias [2 * intermediate_size] fp32 in the same order, or null, is added first.
+// h = act(gate) * up. gate_up [num_rows, 2 * intermediate_size]: gate columns then up columns, or (interleaved) gate
+// and up alternating. bias [2 * intermediate_size] fp32 in the same order, or null, is added first.
 struct GluArgs {
   const void* gate_up;
   const float* bias;
@@ -162,21 +163,21 @@ struct RowImportanceArgs {
 // One Adam/AdamW step on num_rows rows, then their new codes; see numerics/adam.h for the formula.
 // Row r is skipped (no bit of it changes) if active && !active[r], and all rows if found_inf && *found_inf != 0.
 struct MaskedAdamArgs {
-  uint8_t* codes;          // [num_rows, code_bytes(format, cols)]
-  float* absmax;           // [num_rows, num_blocks(format, cols)]; may be null for bf16
-  void* master;            // [num_rows, cols] of master_dtype (mode master), else null
-  float* exp_avg;          // [num_rows, cols]
-  float* exp_avg_sq;       // [num_rows, cols]
-  int32_t* step;           // [num_rows], steps done so far; incremented
-  const float* grad;       // [num_rows, cols]
-  const bool* active;      // [num_rows] or null
-  const float* grad_scale; // one element: gradients are multiplied by it; or null
-  const float* found_inf;  // one element; or null
-  int32_t* changed;        // one element: set to 1 if a bit of codes, absmax or master changed; or null
+  uint8_t* codes;           // [num_rows, code_bytes(format, cols)]
+  float* absmax;            // [num_rows, num_blocks(format, cols)]; may be null for bf16
+  void* master;             // [num_rows, cols] of master_dtype (mode master), else null
+  float* exp_avg;           // [num_rows, cols]
+  float* exp_avg_sq;        // [num_rows, cols]
+  int32_t* step;            // [num_rows], steps done so far; incremented
+  const float* grad;        // [num_rows, cols]
+  const bool* active;       // [num_rows] or null
+  const float* grad_scale;  // one element: gradients are multiplied by it; or null
+  const float* found_inf;   // one element; or null
+  int32_t* changed;         // one element: set to 1 if a bit of codes, absmax or master changed; or null
   int64_t num_rows, cols;
   double lr, beta1, beta2, eps, weight_decay;
-  uint64_t seed;           // in_place: rounding noise is keyed by (seed, step, first_element + element)
-  int64_t first_element;   // of row 0, so that a bank cut in pieces rounds the same
+  uint64_t seed;          // in_place: rounding noise is keyed by (seed, step, first_element + element)
+  int64_t first_element;  // of row 0, so that a bank cut in pieces rounds the same
   Format format;
   AdamMode mode;
   DType master_dtype;

@@ -26,9 +26,9 @@ enum class Phase : int32_t {
 
 struct PagerStats {
   int64_t page_hits = 0, page_misses = 0;
-  int64_t bytes_in = 0;         // host to device
-  int64_t bytes_out = 0;        // device to host (0: slots are never dirty)
-  double stall_seconds = 0;     // host time spent inside wait()
+  int64_t bytes_in = 0;      // host to device
+  int64_t bytes_out = 0;     // device to host (0: slots are never dirty)
+  double stall_seconds = 0;  // host time spent inside wait()
 };
 
 class ExpertPager {
@@ -54,9 +54,9 @@ class ExpertPager {
 
   const std::vector<int64_t>& experts_of(Ticket ticket) const;
 
-  // Make `compute_stream` wait for the group's copies. First blocks (bounded by timeout_seconds, a failed copy rethrown)
-  // until the copies are enqueued. Error (naming what to release) if the group needs a slot that an earlier, unreleased
-  // ticket holds, and for a ticket already released or unknown.
+  // Make `compute_stream` wait for the group's copies. First blocks (bounded by timeout_seconds, a failed copy
+  // rethrown) until the copies are enqueued. Error (naming what to release) if the group needs a slot that an earlier,
+  // unreleased ticket holds, and for a ticket already released or unknown.
   void wait(Ticket ticket, Device::Stream compute_stream, double timeout_seconds = 60.0);
 
   // The pages of a waited ticket, in the order of experts_of(ticket).

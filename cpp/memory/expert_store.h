@@ -1,7 +1,7 @@
 // The host side of the experts: one page per (layer, expert) in our own mapping, filled once, then read-only.
 //
-// The mapping is anonymous and page-aligned (not torch's: its pinned allocator rounds up to a power of two; not a mapped
-// file: a truncated one would be a SIGBUS). Reading and writing files is Python's (usaf_ext/store.py).
+// The mapping is anonymous and page-aligned (not torch's: its pinned allocator rounds up to a power of two; not a
+// mapped file: a truncated one would be a SIGBUS). Reading and writing files is Python's (usaf_ext/store.py).
 #pragma once
 #include <cstdint>
 #include <memory>

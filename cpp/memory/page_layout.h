@@ -1,8 +1,8 @@
 // Where the three matrices of one expert stand inside its page.
 //
 // A page holds gate, up and down^T, each [intermediate_size, hidden_size], so that neuron j is row j of all three. For
-// each matrix: codes [rows, code_bytes], then absmax [rows, num_blocks], both 64-byte aligned. The page is rounded up to
-// 4096 bytes: it is read by O_DIRECT and copied in one piece.
+// each matrix: codes [rows, code_bytes], then absmax [rows, num_blocks], both 64-byte aligned. The page is rounded up
+// to 4096 bytes: it is read by O_DIRECT and copied in one piece.
 #pragma once
 #include <cstdint>
 
@@ -29,7 +29,8 @@ inline PageLayout make_page_layout(Format format, int64_t hidden_size, int64_t i
     layout.codes_offset[matrix] = offset;
     offset = round_up(offset + intermediate_size * code_bytes(format, hidden_size), kMatrixAlign);
     layout.absmax_offset[matrix] = offset;
-    offset = round_up(offset + intermediate_size * num_blocks(format, hidden_size) * int64_t{sizeof(float)}, kMatrixAlign);
+    offset =
+        round_up(offset + intermediate_size * num_blocks(format, hidden_size) * int64_t{sizeof(float)}, kMatrixAlign);
   }
   layout.payload_bytes = offset;
   layout.page_bytes = round_up(offset, kPageAlign);

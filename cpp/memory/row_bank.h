@@ -11,11 +11,12 @@
 namespace usaf {
 
 struct BankPointers {
-  const uint8_t* codes = nullptr;      // [num_neurons, 3, code_bytes]
-  const float* absmax = nullptr;       // [num_neurons, 3, num_blocks]
-  float* grad = nullptr;               // [num_neurons, 3, hidden_size], or null: nothing of this layer is being trained
+  const uint8_t* codes = nullptr;  // [num_neurons, 3, code_bytes]
+  const float* absmax = nullptr;   // [num_neurons, 3, num_blocks]
+  float* grad = nullptr;           // [num_neurons, 3, hidden_size], or null: nothing of this layer is being trained
   const int32_t* neuron_expert = nullptr;  // [num_neurons]
   const int32_t* neuron_index = nullptr;   // [num_neurons]
+  uint8_t* expert_hit = nullptr;           // [num_experts], on the host: set to 1 where a backward had tokens; or null
 };
 
 class RowBank {
@@ -23,7 +24,8 @@ class RowBank {
   // `neuron_expert`/`neuron_index` are host copies of the index. Throws std::invalid_argument unless it is sorted,
   // distinct and in range.
   RowBank(Format format, int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
-          const std::vector<int32_t>& neuron_expert, const std::vector<int32_t>& neuron_index, const BankPointers& pointers);
+          const std::vector<int32_t>& neuron_expert, const std::vector<int32_t>& neuron_index,
+          const BankPointers& pointers);
 
   int64_t num_neurons() const { return static_cast<int64_t>(index_.size()); }
   // Neurons of `expert` are [first_neuron(expert), first_neuron(expert + 1)).

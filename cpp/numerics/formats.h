@@ -1,7 +1,8 @@
 // Weight formats: their names, block size and the bytes of one encoded row. The only place that defines them.
 //
-// A row of `cols` weights becomes `code_bytes(format, cols)` bytes of codes (padded to 16) and `num_blocks(format, cols)`
-// fp32 scales. Blocks of 64 weights run along the row; a row whose length is no multiple of 64 ends in a short block.
+// A row of `cols` weights becomes `code_bytes(format, cols)` bytes of codes (padded to 16) and `num_blocks(format,
+// cols)` fp32 scales. Blocks of 64 weights run along the row; a row whose length is no multiple of 64 ends in a short
+// block.
 #pragma once
 #include <cstdint>
 
@@ -15,8 +16,8 @@ inline constexpr int kNumFormats = 2;
 
 inline constexpr const char* format_name(Format format) { return format == Format::bf16 ? "bf16" : "nf4"; }
 
-inline constexpr int64_t kBlockSize = 64;   // weights per scale
-inline constexpr int64_t kRowAlign = 16;    // bytes; row strides are multiples of this
+inline constexpr int64_t kBlockSize = 64;  // weights per scale
+inline constexpr int64_t kRowAlign = 16;   // bytes; row strides are multiples of this
 
 USAF_HD constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;

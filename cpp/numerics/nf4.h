@@ -1,18 +1,18 @@
 // NF4: 4-bit NormalFloat with one fp32 absmax per block of 64 weights.
 //
 // Formula: absmax = max |w|; code = index of the table entry nearest to w * (1 / max(absmax, 1e-38)), ties to the lower
-// index; decode = table[code] * absmax in fp32. The table is the published one (Dettmers et al., QLoRA, arXiv 2305.14314,
-// appendix E). Full blocks equal bitsandbytes' quantize_4bit byte for byte; a short block follows the same formula.
-// The first weight of a pair stands in the high nibble. A block of zeros has absmax 0 and code 7.
+// index; decode = table[code] * absmax in fp32. The table is the published one (Dettmers et al., QLoRA, arXiv
+// 2305.14314, appendix E). Full blocks equal bitsandbytes' quantize_4bit byte for byte; a short block follows the same
+// formula. The first weight of a pair stands in the high nibble. A block of zeros has absmax 0 and code 7.
 #pragma once
 #include <cstdint>
 
 #include "host_device.h"
 
 // One list for every backend: host and device tables are initialised from it.
-#define USAF_NF4_VALUES                                                                                             \
-  -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,                  \
-      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,               \
+#define USAF_NF4_VALUES                                                                               \
+  -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,    \
+      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, \
       0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
 
 namespace usaf {
