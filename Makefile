@@ -30,8 +30,9 @@ test: build
 test-full: build
 	$(BIN)/python -m pytest --run-slow
 
+
 bench: build
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-json=bench/results/cpu_ops.json
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --report cpu_ops
 
 lint: build
 	$(BIN)/ruff check python tests bench cpp/cmake
