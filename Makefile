@@ -1,0 +1,49 @@
+# make demo   fine-tune the shipped checkpoint and prove the result     make test   the test suite
+# make bench  first figures, into bench/results/                        make lint   ruff, mypy, clang-format
+# Each makes .venv, installs the pinned requirements and builds the extension first, unless that is done.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := CMakeLists.txt pyproject.toml $(shell find cpp cuda hip -type f)
+CXX_FILES := $(shell find cpp cuda hip tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.hip' -o -name '*.cuh')
+
+.PHONY: build demo test test-full bench lint format clean
+build: $(VENV)/.built
+
+$(VENV)/.requirements: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.requirements $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: build
+	$(BIN)/usaf-ext demo
+
+test: build
+	$(BIN)/python -m pytest
+
+# Everything, with the slow cases that `make test` leaves out.
+test-full: build
+	$(BIN)/python -m pytest --run-slow
+
+
+bench: build
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --report cpu_ops
+
+lint: build
+	$(BIN)/ruff check python tests bench cpp/cmake
+	$(BIN)/ruff format --check python tests bench cpp/cmake
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: build
+	$(BIN)/ruff check --fix python tests bench cpp/cmake
+	$(BIN)/ruff format python tests bench cpp/cmake
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build

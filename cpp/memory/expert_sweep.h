@@ -1,0 +1,42 @@
+// Which pages to ask for, and when: one sweep over the MoE layers, with the next layer's pages queued behind this
+// one's.
+//
+// Shared by all expert layers of a model. It remembers, for each layer, the experts its latest forward used, so that
+// the backward sweep fetches exactly those.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "expert_pager.h"
+
+namespace usaf {
+
+class ExpertSweep {
+ public:
+  explicit ExpertSweep(std::shared_ptr<ExpertPager> pager);
+
+  ExpertPager& pager() { return *pager_; }
+
+  // Tickets for `layer`, covering at least `experts` (ascending). Uses what an earlier call queued for this layer if it
+  // covers them; otherwise gives that up and queues anew. Then queues the next layer of the sweep: all of its experts
+  // going up if `dense` (so many tokens that all will be hit), the ones it used last coming down.
+  std::vector<ExpertPager::Ticket> begin(int64_t layer, const std::vector<int64_t>& experts, bool dense, Phase phase);
+
+  // After an exception in the middle of a sweep: no ticket survives.
+  void reset();
+
+ private:
+  struct Queued {
+    int64_t layer = -1;
+    std::vector<ExpertPager::Ticket> tickets;
+    std::vector<int64_t> experts;
+  };
+  void drop_queued();
+
+  std::shared_ptr<ExpertPager> pager_;
+  std::vector<std::vector<int64_t>> used_;  // by layer: experts of its latest forward
+  Queued queued_;
+};
+
+}  // namespace usaf

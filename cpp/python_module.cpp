@@ -1,0 +1,237 @@
+// pybind11 bindings of the memory classes and the expert layer. No torch header here: torch bundles another pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <memory>
+#include <string>
+
+#include "errors.h"
+#include "kernel_api.h"
+#include "memory/expert_pager.h"
+#include "memory/expert_store.h"
+#include "memory/expert_sweep.h"
+#include "memory/page_layout.h"
+#include "memory/row_bank.h"
+#include "torch/expert_layer.h"
+
+namespace py = pybind11;
+using namespace usaf;
+
+namespace {
+
+using Address = uintptr_t;  // a tensor's data_ptr(); Python keeps the tensor alive
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class Enum, size_t N>
+Enum parse(const std::string& value, const char* argument, const std::array<std::pair<const char*, Enum>, N>& choices) {
+  std::string names;
+  for (const auto& [name, result] : choices) {
+    if (value == name) return result;
+    names += (names.empty() ? "'" : ", '") + std::string(name) + "'";
+  }
+  throw std::invalid_argument(std::string(argument) + ": expected one of " + names + ", got '" + value + "'");
+}
+
+Format parse_format(const std::string& value) {
+  std::array<std::pair<const char*, Format>, kNumFormats> choices;
+  for (int i = 0; i < kNumFormats; ++i) {
+    const auto format = static_cast<Format>(i);
+    choices[static_cast<size_t>(i)] = {format_name(format), format};
+  }
+  return parse(value, "format", choices);
+}
+Phase parse_phase(const std::string& value) {
+  return parse<Phase, 3>(value, "phase",
+                         {{{"inference", Phase::inference},
+                           {"training_forward", Phase::training_forward},
+                           {"backward", Phase::backward}}});
+}
+Activation parse_activation(const std::string& value) {
+  return parse<Activation, 3>(value, "activation",
+                              {{{"silu", Activation::silu},
+                                {"gelu_tanh", Activation::gelu_tanh},
+                                {"swiglu_clamped", Activation::swiglu_clamped}}});
+}
+DType parse_dtype(const std::string& value) {
+  return parse<DType, 2>(value, "dtype", {{{"float32", DType::f32}, {"bfloat16", DType::bf16}}});
+}
+
+py::list offsets_list(const int64_t (&offsets)[kMatricesPerExpert]) {
+  py::list result;
+  for (int64_t offset : offsets) result.append(offset);
+  return result;
+}
+
+// Native exceptions become the Python classes of usaf_ext.errors.
+void register_errors() {
+  py::register_exception_translator([](std::exception_ptr pending) {
+    const auto raise = [](const char* name, const std::exception& error) {
+      py::set_error(py::module_::import("usaf_ext.errors").attr(name), error.what());
+    };
+    try {
+      if (pending) std::rethrow_exception(pending);
+    } catch (const StoreError& error) {
+      raise("StoreError", error);
+    } catch (const BudgetError& error) {
+      raise("BudgetError", error);
+    } catch (const DeviceError& error) {
+      raise("DeviceError", error);
+    } catch (const Error& error) {
+      raise("UsafError", error);
+    }
+  });
+}
+
+void bind_store(py::module_& m) {
+  py::class_<PageLayout>(m, "PageLayout")
+      .def(py::init([](const std::string& format, int64_t hidden_size, int64_t intermediate_size) {
+             if (hidden_size < 1 || intermediate_size < 1)
+               throw std::invalid_argument("hidden_size, intermediate_size: expected at least 1");
+             return make_page_layout(parse_format(format), hidden_size, intermediate_size);
+           }),
+           py::arg("format"), py::arg("hidden_size"), py::arg("intermediate_size"))
+      .def_property_readonly("format", [](const PageLayout& self) { return format_name(self.format); })
+      .def_readonly("hidden_size", &PageLayout::hidden_size)
+      .def_readonly("intermediate_size", &PageLayout::intermediate_size)
+      .def_readonly("page_bytes", &PageLayout::page_bytes)
+      .def_readonly("payload_bytes", &PageLayout::payload_bytes)
+      .def_property_readonly("codes_offset", [](const PageLayout& self) { return offsets_list(self.codes_offset); })
+      .def_property_readonly("absmax_offset", [](const PageLayout& self) { return offsets_list(self.absmax_offset); });
+
+  py::class_<ExpertStore, std::shared_ptr<ExpertStore>>(m, "ExpertStore")
+      .def(py::init<int64_t, int64_t, const PageLayout&>(), py::arg("num_layers"), py::arg("num_experts"),
+           py::arg("layout"))
+      .def(
+          "page",
+          [](ExpertStore& self, int64_t layer, int64_t expert) {
+            const int64_t bytes = self.layout().page_bytes;
+            return self.sealed() ? py::memoryview::from_memory(self.page(layer, expert), bytes)
+                                 : py::memoryview::from_memory(self.writable_page(layer, expert), bytes);
+          },
+          py::arg("layer"), py::arg("expert"), py::keep_alive<0, 1>())
+      .def("seal", &ExpertStore::seal)
+      .def_property_readonly("sealed", &ExpertStore::sealed)
+      .def_property_readonly("bytes", &ExpertStore::bytes)
+      .def_property_readonly("num_layers", &ExpertStore::num_layers)
+      .def_property_readonly("num_experts", &ExpertStore::num_experts);
+}
+
+py::dict stats_dict(const PagerStats& stats) {
+  py::dict result;
+  result["page_hits"] = stats.page_hits;
+  result["page_misses"] = stats.page_misses;
+  result["bytes_in"] = stats.bytes_in;
+  result["bytes_out"] = stats.bytes_out;
+  result["stall_seconds"] = stats.stall_seconds;
+  return result;
+}
+
+void bind_pager(py::module_& m) {
+  py::class_<ExpertPager, std::shared_ptr<ExpertPager>>(m, "ExpertPager")
+      .def(py::init([](std::shared_ptr<ExpertStore> store, Address slab, int64_t num_slots) {
+             return std::make_shared<ExpertPager>(make_cpu_device(), std::move(store), pointer<void>(slab), num_slots);
+           }),
+           py::arg("store"), py::arg("slab"), py::arg("num_slots"))
+      .def_property_readonly("num_slots", &ExpertPager::num_slots)
+      .def_property_readonly("max_group", &ExpertPager::max_group)
+      .def(
+          "prefetch",
+          [](ExpertPager& self, int64_t layer, const std::vector<int64_t>& experts, const std::string& phase) {
+            return self.prefetch(layer, experts, parse_phase(phase));
+          },
+          py::arg("layer"), py::arg("experts"), py::arg("phase"))
+      .def("experts_of", &ExpertPager::experts_of, py::arg("ticket"))
+      .def(
+          "wait",
+          [](ExpertPager& self, ExpertPager::Ticket ticket, double timeout_seconds) {
+            py::gil_scoped_release no_gil;
+            self.wait(ticket, nullptr, timeout_seconds);
+          },
+          py::arg("ticket"), py::arg("timeout_seconds") = 60.0)
+      .def(
+          "pages",
+          [](const ExpertPager& self, ExpertPager::Ticket ticket) {
+            std::vector<Address> addresses;
+            for (const uint8_t* page : self.pages(ticket)) addresses.push_back(reinterpret_cast<Address>(page));
+            return addresses;
+          },
+          py::arg("ticket"))
+      .def(
+          "release", [](ExpertPager& self, ExpertPager::Ticket ticket) { self.release(ticket, nullptr); },
+          py::arg("ticket"))
+      .def("cancel", &ExpertPager::cancel, py::arg("ticket"))
+      .def("reset", &ExpertPager::reset, py::call_guard<py::gil_scoped_release>())
+      .def("stats", [](const ExpertPager& self) { return stats_dict(self.stats()); })
+      .def("reset_stats", &ExpertPager::reset_stats);
+
+  py::class_<ExpertSweep, std::shared_ptr<ExpertSweep>>(m, "ExpertSweep")
+      .def(py::init<std::shared_ptr<ExpertPager>>(), py::arg("pager"));
+}
+
+void bind_layer(py::module_& m) {
+  py::class_<RowBank, std::shared_ptr<RowBank>>(m, "RowBank")
+      .def(py::init([](const std::string& format, int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
+                       const std::vector<int32_t>& neuron_expert, const std::vector<int32_t>& neuron_index,
+                       Address codes, Address absmax, Address grad, Address neuron_expert_ptr, Address neuron_index_ptr,
+                       Address expert_hit) {
+             return std::make_shared<RowBank>(
+                 parse_format(format), num_experts, hidden_size, intermediate_size, neuron_expert, neuron_index,
+                 BankPointers{pointer<const uint8_t>(codes), pointer<const float>(absmax), pointer<float>(grad),
+                              pointer<const int32_t>(neuron_expert_ptr), pointer<const int32_t>(neuron_index_ptr),
+                              pointer<uint8_t>(expert_hit)});
+           }),
+           py::arg("format"), py::arg("num_experts"), py::arg("hidden_size"), py::arg("intermediate_size"),
+           py::arg("neuron_expert"), py::arg("neuron_index"), py::arg("codes_ptr"), py::arg("absmax_ptr"),
+           py::arg("grad_ptr"), py::arg("neuron_expert_ptr"), py::arg("neuron_index_ptr"), py::arg("expert_hit_ptr"))
+      .def_property_readonly("num_neurons", &RowBank::num_neurons);
+
+  py::class_<ExpertLayer, std::shared_ptr<ExpertLayer>>(m, "ExpertLayer")
+      .def(py::init([](std::shared_ptr<ExpertSweep> sweep, int64_t layer, const std::string& activation,
+                       const std::string& dtype, Address scratch) {
+             return std::make_shared<ExpertLayer>(std::move(sweep), layer, parse_activation(activation),
+                                                  parse_dtype(dtype), pointer<void>(scratch));
+           }),
+           py::arg("sweep"), py::arg("layer"), py::arg("activation"), py::arg("dtype"), py::arg("scratch"))
+      .def_property_readonly("handle", &ExpertLayer::handle)
+      .def(
+          "set_bank", [](ExpertLayer& self, std::shared_ptr<RowBank> bank) { self.bank = std::move(bank); },
+          py::arg("bank").none(true))
+      .def(
+          "set_importance", [](ExpertLayer& self, Address address) { self.importance = pointer<float>(address); },
+          py::arg("address"))
+      .def(
+          "set_token_counts", [](ExpertLayer& self, Address address) { self.token_counts = pointer<int32_t>(address); },
+          py::arg("address"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native part of usaf_ext; use it through the Python modules.";
+  register_errors();
+  m.attr("TORCH_VERSION") = USAF_TORCH_VERSION;
+#ifdef USAF_WITH_GPU
+  m.attr("GPU_BACKEND") = USAF_GPU_NAME;
+#else
+  m.attr("GPU_BACKEND") = py::none();
+#endif
+  py::list formats;
+  for (int format = 0; format < kNumFormats; ++format) formats.append(format_name(static_cast<Format>(format)));
+  m.attr("FORMATS") = py::tuple(formats);
+  m.attr("BLOCK_SIZE") = kBlockSize;
+  m.attr("PAGE_ALIGN") = kPageAlign;
+  m.def(
+      "code_bytes", [](const std::string& format, int64_t cols) { return code_bytes(parse_format(format), cols); },
+      py::arg("format"), py::arg("cols"));
+  m.def(
+      "num_blocks", [](const std::string& format, int64_t cols) { return num_blocks(parse_format(format), cols); },
+      py::arg("format"), py::arg("cols"));
+  bind_store(m);
+  bind_pager(m);
+  bind_layer(m);
+}

@@ -1,0 +1,201 @@
+"""The expert layer: an MoE layer's experts computed from a paged store, their chosen neurons trained in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import _C
+from .memory import ExpertMemory
+from .store import ExpertStore
+
+if TYPE_CHECKING:
+    from .bank import RowBank
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@torch.library.register_fake("usaf::experts_forward")
+def _(x, index, weights, anchor, handle, training):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("usaf::experts_backward")
+def _(grad_out, x, index, weights, handle):
+    return torch.empty_like(x), torch.empty_like(weights), x.new_empty(1, dtype=torch.float32)
+
+
+def _save_inputs(ctx, inputs, output):
+    x, index, weights, _anchor, handle, _training = inputs
+    ctx.save_for_backward(x, index, weights)
+    ctx.handle = handle
+
+
+def _backward(ctx, grad_out):
+    x, index, weights = ctx.saved_tensors
+    grad_x, grad_weights, grad_anchor = torch.ops.usaf.experts_backward(grad_out, x, index, weights, ctx.handle)
+    return grad_x, None, grad_weights, grad_anchor, None, None
+
+
+torch.library.register_autograd("usaf::experts_forward", _backward, setup_context=_save_inputs)
+
+
+class PagedLayer:
+    """The experts of one MoE layer.
+
+    Callable: `layer(hidden [num_tokens, hidden_size], top_k_index [num_tokens, top_k] int64, top_k_weights
+    [num_tokens, top_k])` gives `[num_tokens, hidden_size]` in the dtype of `hidden`, which must be the memory's compute
+    dtype. An index equal to `num_experts` means "not here". Differentiable in `hidden` and `top_k_weights`; the selected
+    neurons' gradients are added to `bank.grad`.
+
+    Attributes:
+        anchor: fp32 Parameter of one element, never updated. It makes autograd run the backward, and its gradient is
+            the norm of the gradients accumulated in the bank, so that clipping by a global norm counts them.
+        token_counts: int32 [num_experts], the tokens per expert of the latest forward.
+        bank: the trained neurons, or None.
+    """
+
+    def __init__(self, memory: ExpertMemory, index: int, activation: str = "silu"):
+        store = memory.store
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+        self.memory = memory
+        self.store = store
+        self.index = index
+        self.name = store.layer_names[index]
+        self.num_experts = store.num_experts
+        self.hidden_size = store.hidden_size
+        self.intermediate_size = store.intermediate_size
+        self.activation = activation
+        self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        self.token_counts = torch.zeros(self.num_experts, dtype=torch.int32)
+        self._bank: RowBank | None = None
+        self._importance: Tensor | None = None
+        dtype = str(memory.dtype).removeprefix("torch.")
+        self.native = _C.ExpertLayer(memory.sweep, index, activation, dtype, memory.scratch_pointer)
+        self.native.set_token_counts(self.token_counts.data_ptr())
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return torch.ops.usaf.experts_forward(
+            hidden, top_k_index, top_k_weights, self.anchor, self.native.handle, torch.is_grad_enabled()
+        )
+
+    @property
+    def bank(self) -> RowBank | None:
+        return self._bank
+
+    def set_bank(self, bank: RowBank | None) -> None:
+        """Train (and overlay) the neurons of `bank`, or none."""
+        if bank is not None and (bank.layer != self.index or bank.format != self.store.format):
+            raise ValueError(
+                f"bank: expected one of layer {self.index}, format {self.store.format!r}; "
+                f"got layer {bank.layer}, format {bank.format!r}"
+            )
+        self.native.set_bank(None if bank is None else bank.native)
+        self._bank = bank
+
+    def begin_importance(self) -> Tensor:
+        """Zeros of shape [num_experts, intermediate_size], fp32, to which every later backward adds the sum of squares
+        of each neuron's gradient (its gate row, up row and down column), until `end_importance`."""
+        self._importance = torch.zeros(self.num_experts, self.intermediate_size, dtype=torch.float32)
+        self.native.set_importance(self._importance.data_ptr())
+        return self._importance
+
+    def end_importance(self) -> None:
+        self.native.set_importance(0)
+        self._importance = None
+
+    def __deepcopy__(self, memo):
+        raise TypeError("a paged expert layer cannot be copied: its memory and store are shared; load the model again")
+
+
+class PagedExperts(nn.Module):
+    """The experts of one MoE layer as a module, for any framework: `forward` is `PagedLayer.__call__`."""
+
+    def __init__(self, layer: PagedLayer):
+        super().__init__()
+        self.usaf_layer = layer
+        self.usaf_anchor = layer.anchor
+
+    @property
+    def layer(self) -> PagedLayer:
+        return self.usaf_layer
+
+    @classmethod
+    def from_weights(
+        cls,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        *,
+        format: str = "nf4",
+        device_budget: int | str = "auto",
+        dtype: torch.dtype | None = None,
+        activation: str = "silu",
+        name: str = "experts",
+    ) -> PagedExperts:
+        """Quantise plain expert weights into a store of one layer.
+
+        Args:
+            gate, up: [num_experts, intermediate_size, hidden_size], any floating dtype.
+            down: [num_experts, hidden_size, intermediate_size].
+            format: "nf4" or "bf16".
+            device_budget: see `ExpertMemory`.
+            dtype: compute dtype (torch.float32 or torch.bfloat16); the weights' own by default.
+            activation: "silu" or "gelu_tanh".
+
+        Raises:
+            ValueError: shapes that do not fit together, weights that are not finite, an unknown format.
+            BudgetError: the budget is too small.
+        """
+        if gate.dim() != 3:
+            raise ValueError(f"gate: expected [num_experts, intermediate_size, hidden_size], got {tuple(gate.shape)}")
+        num_experts, intermediate_size, hidden_size = gate.shape
+        if up.shape != gate.shape:
+            raise ValueError(f"up: expected the shape of gate {tuple(gate.shape)}, got {tuple(up.shape)}")
+        if down.shape != (num_experts, hidden_size, intermediate_size):
+            expected = (num_experts, hidden_size, intermediate_size)
+            raise ValueError(f"down: expected {expected}, got {tuple(down.shape)}")
+        store = ExpertStore.create([name], num_experts, hidden_size, intermediate_size, format)
+        for expert in range(num_experts):
+            store.write_expert(0, expert, gate[expert], up[expert], down[expert])
+        store.seal()
+        memory = ExpertMemory(store, device_budget, gate.dtype if dtype is None else dtype)
+        return cls(PagedLayer(memory, 0, activation))
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.usaf_layer(hidden, top_k_index, top_k_weights)
+
+    def _apply(self, fn, recurse=True):
+        return self  # the anchor stays fp32 and the pages stay where they are, whatever the model is cast to
+
+    def extra_repr(self) -> str:
+        layer = self.usaf_layer
+        return (
+            f"num_experts={layer.num_experts}, hidden_size={layer.hidden_size}, "
+            f"intermediate_size={layer.intermediate_size}, format={layer.store.format}"
+        )
+
+
+def paged_layers(model: nn.Module) -> list[PagedLayer]:
+    """The paged expert layers of a model, in the order of their MoE layer numbers.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    layers = [module.usaf_layer for module in model.modules() if hasattr(module, "usaf_layer")]
+    if not layers:
+        raise ValueError("model: expected one with paged experts (load it with quantization_config=UsafConfig(...))")
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def expert_memory(model: nn.Module) -> ExpertMemory:
+    """The device memory that a model's expert layers share."""
+    return paged_layers(model)[0].memory
+
+
+def expert_store(model: nn.Module) -> ExpertStore:
+    """The store that a model's expert layers read."""
+    return paged_layers(model)[0].store
