@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from pretrain import ASSETS, SEQUENCE_LENGTH, batches, evaluate, pack, token_loss
+from shared import ASSETS, SEQUENCE_LENGTH, batches, evaluate, pack, token_loss
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,8 +65,7 @@ class SparseNeurons:
 
     def __init__(self, layers: list[torch.nn.Module], importance: list[torch.Tensor], density: float) -> None:
         flat = torch.cat([scores.flatten() for scores in importance])
-        self.count = max(1, round(density * flat.numel()))
-        threshold = flat.topk(self.count).values[-1]
+        threshold = flat.topk(max(1, round(density * flat.numel()))).values[-1]
         self.layers = layers
         self.chosen = [(scores >= threshold).nonzero(as_tuple=True) for scores in importance]
         self.masters: list[torch.Tensor] = []
@@ -121,9 +120,9 @@ def schedule(step: int, args: argparse.Namespace) -> float:
 def run(method: str, learning_rate: float, args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.assets / "model")
-    text = {name: (args.assets / "text" / f"{name}.txt").read_text(encoding="utf-8") for name in
-            ("old_heldout", "new_train", "new_heldout")}  # fmt: skip
-    data = {name: pack(tokenizer, content) for name, content in text.items()}
+    data = {}
+    for name in ("old_heldout", "new_train", "new_heldout"):
+        data[name] = pack(tokenizer, (args.assets / "text" / f"{name}.txt").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(
         args.assets / "model", dtype=torch.float32, experts_implementation=args.experts_implementation
     )
@@ -217,8 +216,8 @@ def main() -> None:
                 lines.write(json.dumps(r) + "\n")
             change = r["loss_new_after"] / r["loss_new_before"] - 1
             print(
-                f"{method:7} {learning_rate:<7g} {r['loss_new_before']:.4f} -> {r['loss_new_after']:.4f} ({change:+.1%})"
-                f"   {r['loss_old_before']:.4f} -> {r['loss_old_after']:.4f}   {r['seconds']}",
+                f"{method:7} {learning_rate:<7g} {r['loss_new_before']:.4f} -> {r['loss_new_after']:.4f} "
+                f"({change:+.1%})   {r['loss_old_before']:.4f} -> {r['loss_old_after']:.4f}   {r['seconds']}",
                 flush=True,
             )
 

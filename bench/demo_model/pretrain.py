@@ -1,11 +1,11 @@
 """Make the demo assets: texts, tokenizer and a small really pre-trained Qwen3-MoE checkpoint.
 
 The old kind of text is prose (the King James Bible, printed by Debian's `bible` program), the new kind is code (the
-sources of CPython's standard library). The model is trained on the prose (with a small share of code, see README.md)
+sources of CPython's standard library). The model is trained on the prose (without any code unless --code-share says so)
 and saved in bf16 under the per-expert key names that Qwen3-MoE checkpoints have on the hub.
 
 Example:
-    python bench/demo_model/pretrain.py --minutes 10
+    python bench/demo_model/pretrain.py
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ import re
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from safetensors import safe_open
+from shared import ASSETS, SEQUENCE_LENGTH, batches, evaluate, pack, token_loss
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3MoeConfig
 
-ASSETS = Path(__file__).resolve().parents[2] / "python" / "usaf_ext" / "demo_assets"
-SEQUENCE_LENGTH = 256
 # Parts of the standard library that are tests, tables, generated, or not imported as a library.
 STDLIB_SKIP = {
     "site-packages", "test", "tests", "idlelib", "idle_test", "lib2to3", "pydoc_data", "encodings", "turtledemo",
@@ -150,39 +148,8 @@ def train_tokenizer(texts: dict[str, str], vocab_size: int) -> PreTrainedTokeniz
         tokenizer_object=tokenizer,
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
-        model_max_length=SEQUENCE_LENGTH * 4,
         clean_up_tokenization_spaces=False,
     )
-
-
-def pack(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
-    """Token ids cut into non-overlapping rows: [sequences, SEQUENCE_LENGTH]; the last partial row is dropped."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    rows = len(ids) // SEQUENCE_LENGTH
-    return torch.tensor(ids[: rows * SEQUENCE_LENGTH]).view(rows, SEQUENCE_LENGTH)
-
-
-def batches(rows: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless batches without replacement; a new fixed-seed order each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(rows), generator=generator)
-        for start in range(0, len(rows) - batch_size + 1, batch_size):
-            yield rows[order[start : start + batch_size]]
-
-
-def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy in nats; logits [batch, length, vocab], ids [batch, length]."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, rows: torch.Tensor, batch_size: int = 16) -> float:
-    """Mean loss per predicted token over all rows."""
-    total = 0.0
-    for chunk in rows.split(batch_size):
-        total += token_loss(model(input_ids=chunk, use_cache=False).logits, chunk).item() * len(chunk)
-    return total / len(rows)
 
 
 def build_config(args: argparse.Namespace, vocab_size: int, eos_token_id: int) -> Qwen3MoeConfig:
@@ -209,7 +176,7 @@ def build_config(args: argparse.Namespace, vocab_size: int, eos_token_id: int) -
     )
 
 
-def pretrain(model: torch.nn.Module, rows: torch.Tensor, args: argparse.Namespace) -> int:
+def pretrain(model: torch.nn.Module, rows: torch.Tensor, args: argparse.Namespace) -> None:
     """AdamW, 100 steps of warm-up, then cosine to a tenth; the schedule is laid out over `args.steps`."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -233,7 +200,6 @@ def pretrain(model: torch.nn.Module, rows: torch.Tensor, args: argparse.Namespac
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}", aux=f"{output.aux_loss.item():.2f}")
             bar.update(1)
-    return args.steps
 
 
 def expert_use(model: torch.nn.Module, rows: torch.Tensor) -> list[list[float]]:
@@ -251,6 +217,23 @@ def expert_use(model: torch.nn.Module, rows: torch.Tensor) -> list[list[float]]:
     return shares
 
 
+def use_hub_names(model_folder: Path) -> None:
+    """Name the number of experts and the tokenizer class as published Qwen3-MoE checkpoints do; check the key names."""
+    for name, old, new in (
+        ("config.json", '"num_local_experts"', '"num_experts"'),
+        ("tokenizer_config.json", '"TokenizersBackend"', '"PreTrainedTokenizerFast"'),
+    ):
+        path = model_folder / name
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    weights = model_folder / "model.safetensors"
+    weights.chmod(0o644)
+    with safe_open(weights, "pt") as checkpoint:
+        keys = set(checkpoint.keys())
+    for name in ("gate.weight", *(f"experts.0.{part}_proj.weight" for part in ("gate", "up", "down"))):
+        if f"model.layers.0.mlp.{name}" not in keys:
+            raise SystemExit(f"{weights} lacks model.layers.0.mlp.{name}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bible", default="bible", help="the `bible` program of Debian's package bible-kjv")
@@ -261,14 +244,14 @@ def main() -> None:
     parser.add_argument("--heldout-bytes", type=int, default=85_000, help="most bytes of each held-out text")
     parser.add_argument("--new-train-bytes", type=int, default=1_300_000, help="most bytes of new_train.txt")
     parser.add_argument("--code-share", type=float, default=0.0, help="bytes of code per byte of prose in pre-training")
-    parser.add_argument("--vocab", type=int, default=1024, help="entries of the vocabulary")
+    parser.add_argument("--vocab", type=int, default=512, help="entries of the vocabulary")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers")
     parser.add_argument("--experts", type=int, default=16, help="experts per layer")
     parser.add_argument("--top-k", type=int, default=4, help="experts per token")
     parser.add_argument("--moe-intermediate", type=int, default=80, help="neurons per expert")
     parser.add_argument("--aux-coef", type=float, default=0.01, help="weight of the load-balancing loss")
-    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -282,7 +265,7 @@ def main() -> None:
     tokenizer.save_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows = {name: pack(tokenizer, texts[name]) for name in ("old_train", "old_heldout", "new_train", "new_heldout")}
-    train_rows = torch.cat([rows["old_train"], pack(tokenizer, texts["old_code"])]) if texts["old_code"] else rows["old_train"]
+    train_rows = torch.cat([rows["old_train"], pack(tokenizer, texts["old_code"])])
 
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_config(build_config(args, len(tokenizer), tokenizer.eos_token_id))
@@ -291,6 +274,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
 
     model.to(torch.bfloat16).save_pretrained(model_folder)
+    use_hub_names(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     bytes_per_token = {name: len(texts[name].encode()) / rows[name].numel() for name in rows}
     report = {
