@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from usaf_ext import _C, ops
-from usaf_ext.errors import StoreError
+from . import _C, ops
+from .errors import StoreError
 
 if TYPE_CHECKING:
-    from usaf_ext.checkpoint_source import ModelSource
-    from usaf_ext.store import ExpertStore
+    from .checkpoint_source import ModelSource
+    from .store import ExpertStore
 
 logger = logging.getLogger(__name__)
 

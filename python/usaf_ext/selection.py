@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from usaf_ext.bank import RowBank
-from usaf_ext.experts import paged_layers
-from usaf_ext.loss import causal_lm_loss
+from .bank import RowBank
+from .experts import paged_layers
+from .loss import causal_lm_loss
 
 if TYPE_CHECKING:
-    from usaf_ext.checkpoint_source import ModelSource
+    from .checkpoint_source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,6 @@ def compute_importance(model: nn.Module, batches: Iterable[torch.Tensor]) -> lis
     finite, or the model has no paged experts.
     """
     layers = paged_layers(model)
-    if not layers:
-        raise ValueError("the model has no paged experts: load it with UsafConfig, or attach a store")
     banks = [layer.bank for layer in layers]
     num_batches = 0
     for layer in layers:
