@@ -2,7 +2,7 @@
 
 `path` is a plain checkpoint, whose experts are quantised while they stream in, or a store. transformers loads the dense
 part; before it does, the experts' parameters are taken off the (meta) skeleton, so that it has nowhere to put the
-checkpoint's expert tensors and never reads them. Afterwards the experts are filled in from the checkpoint, one at a time.
+checkpoint's expert tensors and never reads them. Afterwards the experts are filled in, one at a time.
 """
 
 from __future__ import annotations
