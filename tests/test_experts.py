@@ -270,8 +270,8 @@ def test_bank_overlays_its_rows():
         gate, up, down = decoded(layer.store)
         e, j = layer.bank.neuron_expert.long(), layer.bank.neuron_index.long()
         for matrix, rows in zip((gate, up), (0, 1)):
-            matrix[e, j] = layer.bank.decode(torch.float64)[:, rows]
-        down[e, :, j] = layer.bank.decode(torch.float64)[:, 2]
+            matrix[e, j] = layer.bank.decode(torch.float32).double()[:, rows]
+        down[e, :, j] = layer.bank.decode(torch.float32).double()[:, 2]
         after = experts(hidden, index, top_k_weights)
         expected = oracle(gate, up, down, hidden.double(), index, top_k_weights.double())
     assert relative_error(after, expected) < 2e-6
