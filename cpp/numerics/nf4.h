@@ -29,6 +29,18 @@ USAF_HD constexpr float nf4_threshold(int i) {
   return (values[i] + values[i + 1]) * 0.5f;
 }
 
+// The value of a code, from constants alone: device code fills its own tables with it (kNf4Values lives on the host).
+USAF_HD constexpr float nf4_value(uint32_t code) {
+  constexpr float values[16] = {USAF_NF4_VALUES};
+  float value = values[0];
+  for (uint32_t i = 1; i < 16; ++i) value = code == i ? values[i] : value;
+  return value;
+}
+
+// Where the code of weight `i` of a pack stands in the little-endian word that holds the pack's codes, in bits.
+USAF_HD constexpr int nf4_shift(int i) { return 4 * (i ^ 1); }
+static_assert(nf4_value(kNf4ZeroCode) == 0.0f && nf4_shift(0) == 4 && nf4_shift(1) == 0 && nf4_shift(2) == 12);
+
 USAF_HD float nf4_inverse_scale(float absmax) { return 1.0f / (absmax > kNf4MinAbsmax ? absmax : kNf4MinAbsmax); }
 
 // `normalized` = w * nf4_inverse_scale(absmax). Four compares, no table, no branch.
