@@ -148,11 +148,11 @@ void bind_pager(py::module_& m) {
       .def("experts_of", &ExpertPager::experts_of, py::arg("ticket"))
       .def(
           "wait",
-          [](ExpertPager& self, ExpertPager::Ticket ticket, double timeout_seconds) {
+          [](ExpertPager& self, ExpertPager::Ticket ticket) {
             py::gil_scoped_release no_gil;
-            self.wait(ticket, nullptr, timeout_seconds);
+            self.wait(ticket, nullptr);
           },
-          py::arg("ticket"), py::arg("timeout_seconds") = 60.0)
+          py::arg("ticket"))
       .def(
           "pages",
           [](const ExpertPager& self, ExpertPager::Ticket ticket) {

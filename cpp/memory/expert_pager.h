@@ -7,22 +7,14 @@
 // farthest (Belady). A slot is refilled only behind the compute stream's release event.
 #pragma once
 #include <cstdint>
-#include <deque>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "../device_api.h"
 #include "expert_store.h"
+#include "use_order.h"
 
 namespace usaf {
-
-// What the sweep is for; it decides when a page is used next.
-enum class Phase : int32_t {
-  inference = 0,         // layers up, then up again
-  training_forward = 1,  // layers up, then down
-  backward = 2,          // layers down, then up
-};
 
 struct PagerStats {
   int64_t page_hits = 0, page_misses = 0;
@@ -36,7 +28,8 @@ class ExpertPager {
   using Ticket = int64_t;  // unique for the pager's life: a generation, never reused
 
   // `slab`: num_slots * store->layout().page_bytes bytes on the device, owned by the caller, 64-byte aligned.
-  // Throws BudgetError with fewer than two slots.
+  // Throws BudgetError with fewer than two slots, StoreError unless the store is sealed (copies read it at any time),
+  // std::invalid_argument for a null or unaligned slab.
   ExpertPager(std::shared_ptr<Device> device, std::shared_ptr<const ExpertStore> store, void* slab, int64_t num_slots);
   ~ExpertPager();  // waits for copies in flight
   ExpertPager(const ExpertPager&) = delete;
@@ -54,32 +47,35 @@ class ExpertPager {
 
   const std::vector<int64_t>& experts_of(Ticket ticket) const;
 
-  // Make `compute_stream` wait for the group's copies. First blocks (bounded by timeout_seconds, a failed copy
-  // rethrown) until the copies are enqueued. Error (naming what to release) if the group needs a slot that an earlier,
-  // unreleased ticket holds, and for a ticket already released or unknown.
-  void wait(Ticket ticket, Device::Stream compute_stream, double timeout_seconds = 60.0);
+  // Start the group's copies if they are not yet, and those of every ticket before it, and make `compute_stream` wait
+  // for them (on the CPU the caller itself waits). Once for each ticket. Throws std::invalid_argument (naming what to
+  // release) if the group needs a slot that an earlier, unreleased ticket holds, and for a ticket already waited for,
+  // released or unknown; DeviceError for a failed copy, which a later prefetch of the page does again.
+  void wait(Ticket ticket, Device::Stream compute_stream);
 
   // The pages of a waited ticket, in the order of experts_of(ticket).
   std::vector<const uint8_t*> pages(Ticket ticket) const;
 
-  // Record `compute_stream`'s event: the group's slots may be refilled behind it. Starts queued copies.
+  // After the last use by `compute_stream`: the group's slots may be refilled behind that. Starts queued copies.
+  // Throws std::invalid_argument for a ticket that was not waited for (cancel it instead).
   void release(Ticket ticket, Device::Stream compute_stream);
 
-  // Give up tickets that were prefetched but will not be waited for (routing changed, an exception).
+  // Give up a ticket: one that will not be waited for (routing changed), or, after an exception, a waited one, whose
+  // slots are refilled behind what the stream of its wait() was given so far.
   void cancel(Ticket ticket);
 
-  // Drop every queued or held ticket, e.g. after an exception in the middle of a sweep.
+  // Cancel every ticket, e.g. after an exception in the middle of a sweep. Pages on the device stay there.
   void reset();
 
   PagerStats stats() const;
   void reset_stats();
 
  private:
-  struct Impl;  // slots, queue and next-use order; see expert_pager.cpp
+  struct State;  // slots, queue and next-use order; see expert_pager.cpp
   std::shared_ptr<Device> device_;
   std::shared_ptr<const ExpertStore> store_;
   int64_t num_slots_;
-  std::unique_ptr<Impl> impl_;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace usaf

@@ -3,6 +3,7 @@
 //
 // Neuron i owns three consecutive rows (gate, up, down^T), so every array is [num_neurons, 3, ..].
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

@@ -35,6 +35,13 @@ USAF_HD Bf16 to_bf16(float value) {
   return Bf16{static_cast<uint16_t>(is_nan ? quiet_nan : rounded)};
 }
 
+// Stochastic rounding: up with a probability equal to the discarded fraction. The low 16 bits of `random` decide.
+USAF_HD Bf16 to_bf16_stochastic(float value, uint32_t random) {
+  const uint32_t bits = float_bits(value);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return is_nan ? to_bf16(value) : Bf16{static_cast<uint16_t>((bits + (random & 0xffffu)) >> 16)};
+}
+
 template <class T>
 USAF_HD T from_float(float value);
 template <>

@@ -2,7 +2,7 @@
 //
 // A row of `cols` weights becomes `code_bytes(format, cols)` bytes of codes (padded to 16) and `num_blocks(format,
 // cols)` fp32 scales. Blocks of 64 weights run along the row; a row whose length is no multiple of 64 ends in a short
-// block. Padding (bytes, and the low nibble after an odd row's last weight) is zero.
+// block.
 #pragma once
 #include <cstdint>
 

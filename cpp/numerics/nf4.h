@@ -3,10 +3,12 @@
 // Formula: absmax = max |w|; code = index of the table entry nearest to w * (1 / max(absmax, 1e-38)), ties to the lower
 // index; decode = table[code] * absmax in fp32. The table is the published one (Dettmers et al., QLoRA, arXiv
 // 2305.14314, appendix E). Full blocks equal bitsandbytes' quantize_4bit byte for byte; a short block follows the same
-// formula. The first weight of a pair stands in the high nibble. A block of zeros has absmax 0 and code 7.
+// formula. The first weight of a pair stands in the high nibble; nibbles and bytes past the row's end are 0. A block of
+// zeros has absmax 0 and code 7. A block with a NaN or an infinity has that as its absmax, so it decodes to no number.
 #pragma once
 #include <cstdint>
 
+#include "bfloat16.h"
 #include "host_device.h"
 
 // One list for every backend: host and device tables are initialised from it.
@@ -29,17 +31,17 @@ USAF_HD constexpr float nf4_threshold(int i) {
   return (values[i] + values[i + 1]) * 0.5f;
 }
 
-// The value of a code, from constants alone: device code fills its own tables with it (kNf4Values lives on the host).
-USAF_HD constexpr float nf4_value(uint32_t code) {
+USAF_HD constexpr float nf4_value(int i) {
   constexpr float values[16] = {USAF_NF4_VALUES};
-  float value = values[0];
-  for (uint32_t i = 1; i < 16; ++i) value = code == i ? values[i] : value;
-  return value;
+  return values[i];
 }
+
+// |w| as ordered bits: the largest one of a block is its absmax (NaN above infinity above every number).
+USAF_HD uint32_t nf4_magnitude(float weight) { return float_bits(weight) & 0x7fffffffu; }
 
 // Where the code of weight `i` of a pack stands in the little-endian word that holds the pack's codes, in bits.
 USAF_HD constexpr int nf4_shift(int i) { return 4 * (i ^ 1); }
-static_assert(nf4_value(kNf4ZeroCode) == 0.0f && nf4_shift(0) == 4 && nf4_shift(1) == 0 && nf4_shift(2) == 12);
+static_assert(nf4_shift(0) == 4 && nf4_shift(1) == 0 && nf4_shift(2) == 12 && nf4_shift(3) == 8);
 
 USAF_HD float nf4_inverse_scale(float absmax) { return 1.0f / (absmax > kNf4MinAbsmax ? absmax : kNf4MinAbsmax); }
 
@@ -54,6 +56,31 @@ USAF_HD uint32_t nf4_encode(float normalized) {
   const float t0_low = b2 ? (b1 ? nf4_threshold(6) : nf4_threshold(4)) : (b1 ? nf4_threshold(2) : nf4_threshold(0));
   const bool b0 = normalized > (b3 ? t0_high : t0_low);
   return (uint32_t{b3} << 3) | (uint32_t{b2} << 2) | (uint32_t{b1} << 1) | uint32_t{b0};
+}
+
+// Stochastic rounding to one of the two neighbouring codes, the upper one with probability (x - low) / (high - low):
+// unbiased between them. `uniform` is in [0, 1). Bisection over the table; as above, no memory is read.
+USAF_HD uint32_t nf4_encode_stochastic(float normalized, float uniform) {
+  const float x = normalized > 1.0f ? 1.0f : normalized;  // w * (1 / absmax) may round to just above 1
+  const bool b3 = x >= nf4_value(8);
+  float t = b3 ? nf4_value(12) : nf4_value(4);
+  float low = b3 ? nf4_value(8) : nf4_value(0), high = b3 ? nf4_value(15) : nf4_value(8);
+  const bool b2 = x >= t;
+  low = b2 ? t : low;
+  high = b2 ? high : t;
+  t = b3 ? (b2 ? nf4_value(14) : nf4_value(10)) : (b2 ? nf4_value(6) : nf4_value(2));
+  const bool b1 = x >= t;
+  low = b1 ? t : low;
+  high = b1 ? high : t;
+  const float t_high = b2 ? (b1 ? nf4_value(15) : nf4_value(13)) : (b1 ? nf4_value(11) : nf4_value(9));
+  const float t_low = b2 ? (b1 ? nf4_value(7) : nf4_value(5)) : (b1 ? nf4_value(3) : nf4_value(1));
+  t = b3 ? t_high : t_low;
+  const bool b0 = x >= t;
+  low = b0 ? t : low;
+  high = b0 ? high : t;
+  const uint32_t code = (uint32_t{b3} << 3) | (uint32_t{b2} << 2) | (uint32_t{b1} << 1) | uint32_t{b0};
+  // At code 15 low == high and nothing is above.
+  return code + uint32_t{x - low > uniform * (high - low)};
 }
 
 }  // namespace usaf

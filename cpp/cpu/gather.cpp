@@ -1,0 +1,145 @@
+// Tokens to experts and back: stable counting sort, gather, and the weighted combine with its adjoint. No atomics:
+// every output element is summed by one thread, in a fixed order.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include "../kernel_api.h"
+#include "parallel.h"
+#include "simd.h"
+#include "typed.h"
+
+namespace usaf::cpu {
+namespace {
+
+constexpr int64_t kTile = 256;  // columns accumulated at a time: 1 KB of fp32 stays in the first-level cache
+
+USAF_CLONES void add_scaled(const float* row, float weight, int64_t count, float* sum) {
+  for (int64_t i = 0; i < count; ++i) sum[i] += weight * row[i];
+}
+USAF_CLONES void add_scaled(const Bf16* row, float weight, int64_t count, float* sum) {
+  for (int64_t i = 0; i < count; ++i) sum[i] += weight * to_float(row[i]);
+}
+
+USAF_CLONES void scale(const float* row, float weight, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = weight * row[i];
+}
+USAF_CLONES void scale(const Bf16* row, float weight, int64_t count, Bf16* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(weight * to_float(row[i]));
+}
+
+USAF_CLONES void round_row(const float* sum, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = sum[i];
+}
+USAF_CLONES void round_row(const float* sum, int64_t count, Bf16* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(sum[i]);
+}
+
+USAF_CLONES float dot_rows(const float* a, const float* b, int64_t count) { return dot(a, b, count); }
+USAF_CLONES float dot_rows(const Bf16* a, const Bf16* b, int64_t count) { return dot(a, b, count); }
+
+}  // namespace
+
+void sort_by_expert(const SortByExpertArgs& args, void*) {
+  const int64_t num_pairs = args.num_tokens * args.top_k;
+  if (num_pairs > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("index: more than 2^31 - 1 (token, slot) pairs in one call");
+  }
+  std::vector<int32_t> next(static_cast<size_t>(args.num_experts) + 1, 0);
+  for (int64_t i = 0; i < num_pairs; ++i) ++next[static_cast<size_t>(args.index[i])];
+  int32_t start = 0;
+  for (int64_t e = 0; e <= args.num_experts; ++e) {
+    const int32_t count = next[static_cast<size_t>(e)];
+    args.offsets[e] = next[static_cast<size_t>(e)] = start;
+    start += count;
+  }
+  std::fill(args.source + args.offsets[args.num_experts], args.source + num_pairs, -1);
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    if (args.index[i] == args.num_experts) {
+      args.inverse[i] = -1;
+      continue;
+    }
+    const int32_t position = next[static_cast<size_t>(args.index[i])]++;
+    args.source[position] = static_cast<int32_t>(i);
+    args.inverse[i] = position;
+  }
+}
+
+void gather_rows(const GatherRowsArgs& args, void*) {
+  const int64_t row_bytes = args.hidden_size * element_size(args.dtype);
+  const char* x = static_cast<const char*>(args.x);
+  char* out = static_cast<char*>(args.out);
+  parallel_for(args.num_rows, args.hidden_size, [&](int64_t p) {
+    if (args.source[p] < 0) {
+      std::memset(out + p * row_bytes, 0, static_cast<size_t>(row_bytes));
+    } else {
+      std::memcpy(out + p * row_bytes, x + args.source[p] / args.top_k * row_bytes, static_cast<size_t>(row_bytes));
+    }
+  });
+}
+
+void combine_rows(const CombineRowsArgs& args, void*) {
+  with_type(args.dtype, [&]<class T>(T) {
+    const T* permuted = static_cast<const T*>(args.permuted);
+    T* out = static_cast<T*>(args.out);
+    parallel_for(args.num_tokens, args.hidden_size * (args.top_k + 1), [&](int64_t t) {
+      for (int64_t column = 0; column < args.hidden_size; column += kTile) {
+        const int64_t count = std::min(kTile, args.hidden_size - column);
+        float sum[kTile] = {};
+        for (int64_t pair = t * args.top_k; pair < (t + 1) * args.top_k; ++pair) {
+          if (args.inverse[pair] < 0) continue;
+          const float weight = args.weights ? load(args.weights, args.weights_dtype, pair) : 1.0f;
+          add_scaled(permuted + args.inverse[pair] * args.hidden_size + column, weight, count, sum);
+        }
+        round_row(sum, count, out + t * args.hidden_size + column);
+      }
+    });
+  });
+}
+
+void combine_rows_backward(const CombineRowsBackwardArgs& args, void*) {
+  with_type(args.dtype, [&]<class T>(T) {
+    const T* grad_out = static_cast<const T*>(args.grad_out);
+    const T* permuted = static_cast<const T*>(args.permuted);
+    T* grad_permuted = static_cast<T*>(args.grad_permuted);
+    std::vector<uint8_t> owned(static_cast<size_t>(args.num_rows), 0);
+    parallel_for(args.num_tokens, args.hidden_size * args.top_k, [&](int64_t t) {
+      const T* grad = grad_out + t * args.hidden_size;
+      for (int64_t pair = t * args.top_k; pair < (t + 1) * args.top_k; ++pair) {
+        const int64_t p = args.inverse[pair];
+        if (p < 0) {
+          store(args.grad_weights, args.weights_dtype, pair, 0.0f);
+          continue;
+        }
+        owned[static_cast<size_t>(p)] = 1;
+        const int64_t start = p * args.hidden_size;
+        store(args.grad_weights, args.weights_dtype, pair, dot_rows(grad, permuted + start, args.hidden_size));
+        scale(grad, load(args.weights, args.weights_dtype, pair), args.hidden_size, grad_permuted + start);
+      }
+    });
+    parallel_for(args.num_rows, args.hidden_size, [&](int64_t p) {
+      if (!owned[static_cast<size_t>(p)]) std::fill_n(grad_permuted + p * args.hidden_size, args.hidden_size, T{});
+    });
+  });
+}
+
+void scatter_add_rows(const ScatterAddRowsArgs& args, void*) {
+  const int64_t num_tiles = (args.hidden_size + kTile - 1) / kTile;
+  with_type(args.dtype, [&]<class T>(T) {
+    const T* rows = static_cast<const T*>(args.rows);
+    // Threads share the columns, not the rows: a token may own several rows.
+    parallel_for(num_tiles, kTile * args.num_rows, [&](int64_t tile) {
+      const int64_t column = tile * kTile, count = std::min(kTile, args.hidden_size - column);
+      for (int64_t p = 0; p < args.num_rows; ++p) {
+        const int64_t pair = args.source[p];
+        const float weight = args.weights ? load(args.weights, args.weights_dtype, pair) : 1.0f;
+        add_scaled(rows + p * args.hidden_size + column, weight, count,
+                   args.out + pair / args.top_k * args.hidden_size + column);
+      }
+    });
+  });
+}
+
+}  // namespace usaf::cpu

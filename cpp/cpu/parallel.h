@@ -1,0 +1,33 @@
+// Threads and instruction sets of the CPU kernels: the only place with an OpenMP pragma or a target attribute.
+#pragma once
+#include <cstdint>
+
+// Compiled once for every x86-64 level and chosen at load time. No clone changes a bit of a result: contraction is off
+// and no flag lets the compiler reorder. Sanitizers and other compilers take the baseline (ifuncs run before them).
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
+#define USAF_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define USAF_CLONES
+#endif
+
+namespace usaf::cpu {
+
+inline constexpr int64_t kMinParallelWork = 32768;  // weights; below it starting the threads costs more than they save
+
+// body(i) for i in [0, count), each in exactly one thread. `work` is the cost of one item, in weights touched.
+// torch.set_num_threads sets the number of threads.
+template <class Body>
+void parallel_for(int64_t count, int64_t work, const Body& body) {
+#pragma omp parallel for schedule(static) if (count > 1 && count * work >= kMinParallelWork)
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
+// The same for items of unequal cost.
+template <class Body>
+void parallel_for_uneven(int64_t count, int64_t work, const Body& body) {
+#pragma omp parallel for schedule(dynamic) if (count > 1 && count * work >= kMinParallelWork)
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
+}  // namespace usaf::cpu

@@ -1,0 +1,77 @@
+#include "expert_store.h"
+
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../errors.h"
+
+namespace usaf {
+namespace {
+
+int64_t total_bytes(int64_t num_layers, int64_t num_experts, const PageLayout& layout) {
+  if (num_layers < 1 || num_experts < 1 || layout.hidden_size < 1 || layout.intermediate_size < 1) {
+    throw std::invalid_argument(
+        "ExpertStore: num_layers, num_experts, hidden_size and intermediate_size must be at "
+        "least 1, got " +
+        std::to_string(num_layers) + ", " + std::to_string(num_experts) + ", " + std::to_string(layout.hidden_size) +
+        ", " + std::to_string(layout.intermediate_size));
+  }
+  int64_t pages = 0, bytes = 0;
+  if (__builtin_mul_overflow(num_layers, num_experts, &pages) ||
+      __builtin_mul_overflow(pages, layout.page_bytes, &bytes)) {
+    throw StoreError("ExpertStore: more than 2^63 bytes");
+  }
+  return bytes;
+}
+
+}  // namespace
+
+ExpertStore::ExpertStore(int64_t num_layers, int64_t num_experts, const PageLayout& layout)
+    : num_layers_(num_layers), num_experts_(num_experts), layout_(layout) {
+  const int64_t size = total_bytes(num_layers, num_experts, layout);
+  void* mapping = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapping == MAP_FAILED) {
+    throw StoreError("ExpertStore: cannot map " + std::to_string(size) + " bytes: " + std::strerror(errno));
+  }
+  base_ = static_cast<uint8_t*>(mapping);
+}
+
+ExpertStore::~ExpertStore() {
+  if (registered_) registered_->unregister_host(base_);
+  munmap(base_, static_cast<size_t>(bytes()));
+}
+
+const uint8_t* ExpertStore::page(int64_t layer, int64_t expert) const {
+  if (layer < 0 || layer >= num_layers_ || expert < 0 || expert >= num_experts_) {
+    throw StoreError("no page for layer " + std::to_string(layer) + ", expert " + std::to_string(expert) +
+                     ": the store has " + std::to_string(num_layers_) + " layers of " + std::to_string(num_experts_) +
+                     " experts");
+  }
+  return base_ + (layer * num_experts_ + expert) * layout_.page_bytes;
+}
+
+uint8_t* ExpertStore::writable_page(int64_t layer, int64_t expert) {
+  const uint8_t* found = page(layer, expert);
+  if (sealed_) throw StoreError("the store is sealed: its pages are read-only");
+  return const_cast<uint8_t*>(found);
+}
+
+void ExpertStore::seal() {
+  if (sealed_) return;
+  if (mprotect(base_, static_cast<size_t>(bytes()), PROT_READ) != 0) {
+    throw StoreError(std::string("ExpertStore: cannot make the pages read-only: ") + std::strerror(errno));
+  }
+  sealed_ = true;
+}
+
+void ExpertStore::register_with(std::shared_ptr<Device> device) {
+  if (registered_) throw StoreError("the store is already registered with a device");
+  device->register_host(base_, static_cast<size_t>(bytes()));
+  registered_ = std::move(device);
+}
+
+}  // namespace usaf

@@ -1,0 +1,42 @@
+// Counter-based random numbers: a pure function of (seed, step, element), so rounding noise does not depend on the
+// launch shape, the number of threads or the backend, and a rerun gives the same bits.
+//
+// Philox 4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC11). The key is the
+// seed; the counter is (group low, group high, step, 0) where one call serves the four elements of a group.
+#pragma once
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace usaf {
+
+struct Random4 {
+  uint32_t value[4];
+};
+
+inline constexpr int kRandomsPerGroup = 4;
+
+USAF_HD Random4 philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
+    const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(product1);
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return Random4{{c0, c1, c2, c3}};
+}
+
+// The numbers of elements 4 * group .. 4 * group + 3.
+USAF_HD Random4 random_group(uint64_t seed, int32_t step, uint64_t group) {
+  return philox4x32(static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), static_cast<uint32_t>(step), 0u,
+                    static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
+// 24 random bits as a float in [0, 1).
+USAF_HD float to_uniform(uint32_t random) { return static_cast<float>(random >> 8) * (1.0f / 16777216.0f); }
+
+}  // namespace usaf

@@ -1,0 +1,53 @@
+// A backend as the adapters see it: its launchers and the stream they run on. One adapter, a template over these,
+// serves every dispatch key.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "../kernel_api.h"
+
+namespace usaf {
+
+struct CpuBackend {
+  static constexpr bool kHostMemory = true;  // the adapters can look at values: indices are range-checked
+  static constexpr auto encode_rows = cpu::encode_rows;
+  static constexpr auto decode_rows = cpu::decode_rows;
+  static constexpr auto sort_by_expert = cpu::sort_by_expert;
+  static constexpr auto gather_rows = cpu::gather_rows;
+  static constexpr auto combine_rows = cpu::combine_rows;
+  static constexpr auto combine_rows_backward = cpu::combine_rows_backward;
+  static constexpr auto glu = cpu::glu;
+  static constexpr auto glu_backward = cpu::glu_backward;
+  static constexpr auto row_gradient = cpu::row_gradient;
+  static constexpr auto row_importance = cpu::row_importance;
+  static constexpr auto masked_adam = cpu::masked_adam;
+
+  // Makes the tensor's device current for its lifetime; stream() is that device's current stream.
+  struct Guard {
+    explicit Guard(const at::Tensor&) {}
+    void* stream() const { return nullptr; }
+  };
+};
+
+#ifdef USAF_WITH_GPU
+// CUDA and ROCm alike: both register under torch's CUDA key. c10's guard registry gives the stream without their
+// headers.
+struct GpuBackend {
+  static constexpr bool kHostMemory = false;
+  static constexpr auto encode_rows = gpu::encode_rows;
+  static constexpr auto decode_rows = gpu::decode_rows;
+
+  class Guard {
+   public:
+    explicit Guard(const at::Tensor& tensor) : device_(tensor.device()), guard_(tensor.device()) {}
+    void* stream() const { return c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle(); }
+
+   private:
+    c10::Device device_;
+    c10::OptionalDeviceGuard guard_;
+  };
+};
+#endif
+
+}  // namespace usaf

@@ -1,0 +1,392 @@
+"""Reading a plain Hugging Face checkpoint (safetensors, one file or sharded), one expert at a time.
+
+`ModelSource` never unpickles, never holds more than the slice that was asked for, and knows where every byte of every
+tensor stands, so that the dense part can be copied byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import StoreError
+from .safetensors_io import TensorInfo, read_safetensors_header
+
+logger = logging.getLogger(__name__)
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+STORE_INDEX_NAME = "usaf_store.json"
+
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+
+# Files that make the folder usable beside its tensors. Everything else (README, images, .bin) is left behind.
+SUPPORT_FILE_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """One way to name expert weights. `key` has the groups `module`, `matrix` and, unless fused, `expert`."""
+
+    name: str
+    key: re.Pattern[str]
+    matrices: tuple[str, ...]  # what `matrix` is for gate, up, down; for fused: gate_up, down
+    fused: bool
+    # Checkpoints of some families call the block another name than transformers' module.
+    module_renames: tuple[tuple[str, str], ...] = ()
+
+    def module_name(self, in_checkpoint: str) -> str:
+        for old, new in self.module_renames:
+            in_checkpoint = in_checkpoint.replace(old, new)
+        return in_checkpoint
+
+
+EXPERT_LAYOUTS = (
+    ExpertLayout(
+        "per-expert gate_proj/up_proj/down_proj",
+        re.compile(r"^(?P<module>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight$"),
+        ("gate_proj", "up_proj", "down_proj"),
+        fused=False,
+    ),
+    ExpertLayout(
+        "per-expert w1/w3/w2",
+        re.compile(r"^(?P<module>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<matrix>w1|w2|w3)\.weight$"),
+        ("w1", "w3", "w2"),
+        fused=False,
+        module_renames=((".block_sparse_moe.", ".mlp."),),
+    ),
+    ExpertLayout(
+        "fused gate_up_proj/down_proj",
+        re.compile(r"^(?P<module>(?:.+\.)?experts)\.(?P<matrix>gate_up_proj|down_proj)$"),
+        ("gate_up_proj", "down_proj"),
+        fused=True,
+    ),
+)
+_NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
+_ANY_EXPERT_KEY = re.compile(r"(?:^|\.)experts\.")
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that orders the numbers between dots by value: layers.2 before layers.10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises StoreError when missing or no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder") from error
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise StoreError(f"{path}: expected a JSON object")
+    return config
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """A local folder as it is; anything else as a hub id, fetched (safetensors, JSON and tokenizer files) or cached.
+
+    Raises StoreError when it is neither.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    text = str(path)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text in (".", ".."):
+        raise StoreError(f"{path}: no such checkpoint folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", INDEX_NAME, *SUPPORT_FILE_PATTERNS]
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise StoreError(f"{path}: no such local folder, and not available from the hub ({reason})") from error
+
+
+class ModelSource:
+    """A plain checkpoint folder, opened read-only. Make it with `ModelSource.open`.
+
+    Attributes:
+        path: the folder.  config: its config.json.
+        layer_names: the experts modules as transformers names them, MoE layers only, in order.
+        num_experts, hidden_size, intermediate_size: sizes, the same for every layer.
+        dtype: torch dtype of the expert weights.
+        layout: the ExpertLayout of its keys.
+        fingerprint: sha256 (hex) over config.json and each shard's name, size and safetensors header.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    layer_names: list[str]
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype
+    layout: ExpertLayout
+    fingerprint: str
+    tensors: dict[str, TensorInfo]  # every tensor, in shard and data order
+    shard_metadata: dict[str, dict[str, str]]
+    _keys: list[list[list[str]]]  # [layer][expert] -> keys in the layout's order
+    _expert_keys: set[str]
+    _handles: dict[str, Any]  # open safetensors files
+
+    @classmethod
+    def open(cls, path: str | Path) -> ModelSource:
+        """Open a checkpoint folder or hub id. Reads headers only.
+
+        Raises StoreError when files or experts are missing, shapes differ, the checkpoint is pickled, already
+        quantised, a usaf store, or has no experts in a known layout.
+        """
+        source = cls()
+        source.path = resolve_folder(path)
+        if (source.path / STORE_INDEX_NAME).exists():
+            raise StoreError(f"{source.path}: a usaf store; the original checkpoint is needed here")
+        source.config = read_config(source.path)
+        quantization = source.config.get("quantization_config")
+        if quantization is not None:
+            method = (
+                quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
+            )
+            raise StoreError(f"{source.path}: already quantised ({method}); a plain checkpoint is needed")
+        source._open_shards()
+        source._find_experts()
+        source._handles = {}
+        return source
+
+    def _open_shards(self) -> None:
+        index_path = self.path / INDEX_NAME
+        single = self.path / SINGLE_NAME
+        weight_map: dict[str, str] | None = None
+        if single.exists():
+            names = [SINGLE_NAME]
+        elif index_path.exists():
+            try:
+                weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+                names = sorted(set(weight_map.values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise StoreError(f"{index_path}: damaged index ({error})") from error
+        elif any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")) or any(self.path.glob("*.pth")):
+            raise StoreError(f"{self.path}: only pickled weights; convert them to safetensors first")
+        else:
+            raise StoreError(f"{self.path}: neither {SINGLE_NAME} nor {INDEX_NAME}")
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        self.tensors = {}
+        self.shard_metadata = {}
+        for name in names:
+            if Path(name).name != name:
+                raise StoreError(f"{index_path}: shard name {name!r} leads out of the folder")
+            shard = self.path / name
+            if not shard.exists():
+                raise StoreError(f"{self.path}: shard {name} is missing")
+            tensors, metadata, raw = read_safetensors_header(shard)
+            digest.update(f"\0{name}\0{shard.stat().st_size}\0".encode())
+            digest.update(raw)
+            for key in tensors:
+                if key in self.tensors:
+                    raise StoreError(f"{shard}: tensor {key!r} stands in {self.tensors[key].file} too")
+            self.tensors.update(tensors)
+            self.shard_metadata[name] = metadata
+        for key, name in (weight_map or {}).items():
+            if key not in self.tensors or self.tensors[key].file != name:
+                raise StoreError(f"{self.path}: tensor {key!r} is missing from shard {name}")
+        self.fingerprint = digest.hexdigest()
+
+    def _find_experts(self) -> None:
+        found: dict[str, dict[tuple[int, str], str]] = {}  # module -> (expert, matrix) -> key
+        layout: ExpertLayout | None = None
+        self._expert_keys = set()
+        for key in self.tensors:
+            if not _ANY_EXPERT_KEY.search(key):
+                continue
+            matched = next(((known, m) for known in EXPERT_LAYOUTS if (m := known.key.match(key))), None)
+            if matched is None or (layout is not None and matched[0] is not layout):
+                raise StoreError(f"{self.path}: tensor {key!r} is not in a known expert layout")
+            layout, match = matched
+            if len(self.tensors[key].shape) != (3 if layout.fused else 2):
+                raise StoreError(
+                    f"{key}: shape {list(self.tensors[key].shape)}; expected {3 if layout.fused else 2} axes"
+                )
+            expert = -1 if layout.fused else int(match["expert"])
+            module = layout.module_name(match["module"])
+            found.setdefault(module, {})[expert, match["matrix"]] = key
+            self._expert_keys.add(key)
+        if layout is None:
+            raise StoreError(f"{self.path}: no expert weights; not a Mixture-of-Experts checkpoint in a known layout")
+        self.layout = layout
+        self.layer_names = sorted(found, key=natural_key)
+        if layout.fused:
+            self.num_experts = self.tensors[min(self._expert_keys)].shape[0]
+            experts = [-1] * self.num_experts
+        else:
+            self.num_experts = 1 + max(expert for keys in found.values() for expert, _ in keys)
+            experts = list(range(self.num_experts))
+        if any(0 in self.tensors[key].shape for key in self._expert_keys):
+            raise StoreError(f"{self.path}: empty expert weights")
+        text_config = self.config.get("text_config") or self.config
+        for name in _NUM_EXPERTS_NAMES:
+            if text_config.get(name) not in (None, self.num_experts):
+                raise StoreError(
+                    f"{self.path}: {self.num_experts} experts, but config.json has {name} = {text_config[name]}"
+                )
+        self._keys = [
+            [[self._expert_key(found[name], name, e, m) for m in layout.matrices] for e in experts]
+            for name in self.layer_names
+        ]
+        self._check_shapes()
+
+    def _expert_key(self, keys: dict[tuple[int, str], str], module: str, expert: int, matrix: str) -> str:
+        key = keys.get((expert, matrix))
+        if key is None:
+            which = f"{module}.{matrix}" if expert < 0 else f"expert {expert}, {matrix} of {module}"
+            raise StoreError(f"{self.path}: {which} is missing")
+        return key
+
+    def _check_shapes(self) -> None:
+        first = [self.tensors[key] for key in self._keys[0][0]]
+        if first[0].dtype not in WEIGHT_DTYPES:
+            raise StoreError(
+                f"{self._keys[0][0][0]}: dtype {first[0].dtype}; expected one of {', '.join(WEIGHT_DTYPES)}"
+            )
+        self.hidden_size, self.intermediate_size = first[-1].shape[-2:]
+        e, h, i = self.num_experts, self.hidden_size, self.intermediate_size
+        expected = ((e, 2 * i, h), (e, h, i)) if self.layout.fused else ((i, h), (i, h), (h, i))
+        self.dtype = first[0].torch_dtype
+        for layer in self._keys:
+            for keys in layer:
+                for key, shape in zip(keys, expected):
+                    info = self.tensors[key]
+                    if info.shape != shape or info.dtype != first[0].dtype:
+                        raise StoreError(
+                            f"{key}: {info.dtype} {list(info.shape)} in {info.file}; "
+                            f"expected {first[0].dtype} {list(shape)}"
+                        )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_names)
+
+    @property
+    def shards(self) -> dict[str, list[str]]:
+        """File name -> its tensor keys, in the order of their data."""
+        result: dict[str, list[str]] = {name: [] for name in self.shard_metadata}
+        for key, info in self.tensors.items():
+            result[info.file].append(key)
+        return result
+
+    def is_expert_key(self, key: str) -> bool:
+        return key in self._expert_keys
+
+    def dense_keys(self) -> list[str]:
+        """Every other tensor, in shard and data order."""
+        return [key for key in self.tensors if key not in self._expert_keys]
+
+    def expert_keys(self, layer: int, expert: int) -> list[str]:
+        """Keys that hold this expert, in the order gate, up, down (fused: gate_up, down, shared by all experts)."""
+        self._check_index(layer, expert)
+        return list(self._keys[layer][expert])
+
+    def support_files(self) -> list[Path]:
+        """config, tokenizer and licence files of the folder."""
+        found = {path for pattern in SUPPORT_FILE_PATTERNS for path in self.path.glob(pattern) if path.is_file()}
+        return sorted(found)
+
+    def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(gate [I, H], up [I, H], down [H, I]) in the checkpoint's dtype. Reads that slice only.
+
+        Raises StoreError naming the key for non-finite weights, IndexError for a layer or expert out of range.
+        """
+        self._check_index(layer, expert)
+        keys = self._keys[layer][expert]
+        if self.layout.fused:
+            gate_up, down = (self._slice(key)[expert] for key in keys)
+            parts = [gate_up, down]
+        else:
+            parts = [self._slice(key)[:] for key in keys]
+        for key, part in zip(keys, parts):
+            if not bool(torch.isfinite(part).all()):
+                raise StoreError(f"{self.path}: {key} has non-finite weights (expert {expert})")
+        if self.layout.fused:
+            gate, up = parts[0].split(self.intermediate_size)
+            return gate, up, parts[1]
+        return parts[0], parts[1], parts[2]
+
+    def neurons(self, layer: int, expert: int, neurons: torch.Tensor) -> torch.Tensor:
+        """Rows [n, 3, H] (gate, up, down^T) of the given neurons (int tensor [n]), in the checkpoint's dtype."""
+        if neurons.dtype not in (torch.int32, torch.int64) or neurons.dim() != 1:
+            raise TypeError(f"neurons: expected a 1-dimensional int32 or int64 tensor, got {neurons.dtype}")
+        if neurons.numel() and not 0 <= int(neurons.min()) <= int(neurons.max()) < self.intermediate_size:
+            raise IndexError(f"neurons: expected values in [0, {self.intermediate_size})")
+        gate, up, down = self.expert(layer, expert)
+        picked = neurons.to("cpu", torch.int64)
+        return torch.stack([gate[picked], up[picked], down[:, picked].T], dim=1)
+
+    def read_tensor(self, key: str) -> torch.Tensor:
+        """One whole tensor in the checkpoint's dtype. Raises KeyError for an unknown key."""
+        if key not in self.tensors:
+            raise KeyError(key)
+        return self._handle(self.tensors[key].file).get_tensor(key)
+
+    def tensor_bytes(self, key: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
+        """The tensor's bytes as they stand in the file, in pieces of at most `chunk_bytes`."""
+        info = self.tensors[key]
+        with (self.path / info.file).open("rb") as file:
+            file.seek(info.begin)
+            left = info.num_bytes
+            while left:
+                piece = file.read(min(left, chunk_bytes))
+                if not piece:
+                    raise StoreError(f"{self.path / info.file}: truncated while reading {key!r}")
+                left -= len(piece)
+                yield piece
+
+    def close(self) -> None:
+        """Drop the open files. Later reads open them again."""
+        self._handles.clear()
+
+    def _check_index(self, layer: int, expert: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer {layer}: expected a value in [0, {self.num_layers})")
+        if not 0 <= expert < self.num_experts:
+            raise IndexError(f"expert {expert}: expected a value in [0, {self.num_experts})")
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(self.path / file, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise StoreError(f"cannot read {self.path / file}: {error}") from error
+        return self._handles[file]
+
+    def _slice(self, key: str) -> Any:
+        return self._handle(self.tensors[key].file).get_slice(key)
+
+    def __repr__(self) -> str:
+        return (
+            f"ModelSource({str(self.path)!r}, layers={self.num_layers}, experts={self.num_experts}, "
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, dtype={self.dtype})"
+        )

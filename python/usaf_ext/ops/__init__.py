@@ -1,0 +1,25 @@
+"""The operators of usaf_ext: typed wrappers over `torch.ops.usaf`.
+
+Each checks its arguments before anything is written: TypeError for a wrong type or dtype, ValueError for a wrong shape,
+value or device; the message names the argument. Importing this package registers fakes (shapes without data, for
+`torch.compile`) and autograd formulas, nothing else. An op without a formula raises when it is differentiated.
+"""
+
+from .adam import masked_adam_
+from .codec import dequantize_blocks, quantize_blocks, quantize_rows_
+from .gather import expert_gather, expert_scatter
+from .glu import glu, glu_backward
+from .row_gradient import row_gradient_, row_importance_
+
+__all__ = [
+    "dequantize_blocks",
+    "expert_gather",
+    "expert_scatter",
+    "glu",
+    "glu_backward",
+    "masked_adam_",
+    "quantize_blocks",
+    "quantize_rows_",
+    "row_gradient_",
+    "row_importance_",
+]

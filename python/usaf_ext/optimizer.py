@@ -1,0 +1,241 @@
+"""MaskedAdam: Adam on the row banks and the fp32 routers of a model, as an ordinary torch optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+from . import ops
+from .errors import UsafError
+from .experts import PagedLayer, paged_layers
+from .router import trained_routers
+
+MAX_SKIPPED_STEPS = 10  # non-finite gradients this often in a row are no accident
+
+
+class MaskedAdam(torch.optim.Optimizer):
+    """AdamW on the selected expert rows (fp32 moments, a step count per row) and on the trained routers.
+
+    Parameter groups: "experts" holds the anchors of the layers with a bank, "router" the fp32 router weights (absent
+    when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first
+    step. torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's
+    gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1).
+
+    Rows of experts without tokens since the last step keep every bit. If any gradient is not finite, the whole step is
+    skipped and no bit changes. `step` clears bank gradients and anchor gradients; router gradients are left to
+    zero_grad. Rounding noise of mode "in_place" is keyed by `seed`.
+
+    Args:
+        model: a model with paged experts, or its PagedLayers (then no router is trained).
+        lr: learning rate of the expert rows. router_lr: of the routers, `lr` when None.
+        betas, eps, weight_decay: as torch.optim.AdamW; the decay is decoupled and applies to expert rows only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[PagedLayer],
+        lr: float = 1e-3,
+        router_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        router_lr = lr if router_lr is None else router_lr
+        for name, value in (("lr", lr), ("router_lr", router_lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
+        if isinstance(model, nn.Module):
+            layers, routers = paged_layers(model), trained_routers(model)
+        else:
+            layers, routers = list(model), {}
+        self._layers = {
+            layer.anchor: layer for layer in layers if layer.bank is not None and layer.bank.grad is not None
+        }
+        weights = [router.get_parameter("weight") for router in routers.values()]
+        if not self._layers and not weights:
+            raise ValueError(
+                "model: nothing to train: no layer has a trainable bank (select neurons and attach them first) and no "
+                "router is trained"
+            )
+        groups: list[dict[str, Any]] = []
+        if self._layers:
+            groups.append({"params": list(self._layers), "name": "experts", "lr": lr, "weight_decay": weight_decay})
+        if weights:
+            groups.append({"params": weights, "name": "router", "lr": router_lr, "weight_decay": 0.0})
+        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0, "seed": seed})
+        device = groups[0]["params"][0].device
+        self._changed = torch.zeros((), dtype=torch.int32, device=device)
+        self._expected = torch.zeros((), dtype=torch.int32, device=device)
+        self._skipped = torch.zeros((), dtype=torch.int32, device=device)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained weights: bank rows and router weights."""
+        rows = sum(layer.bank.num_parameters for layer in self._layers.values() if layer.bank is not None)
+        return rows + sum(p.numel() for group in self.param_groups if group["name"] == "router" for p in group["params"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every row whose expert had tokens and of every router weight with a gradient; no host wait."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        coefficients: dict[nn.Parameter, torch.Tensor] = {}
+        found_inf = torch.zeros((), dtype=torch.float32, device=self._changed.device)
+        has_gradient = torch.zeros_like(found_inf, dtype=torch.bool)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if group["name"] == "router":
+                    found_inf = torch.maximum(found_inf, (~torch.isfinite(parameter.grad).all()).float())
+                    continue
+                bank = self._layers[parameter].bank
+                if bank is None:  # taken out for a router warm-up
+                    continue
+                norm = torch.linalg.vector_norm(bank.grad, dtype=torch.float64)
+                clipped = parameter.grad.double().reshape(())
+                coefficient = torch.where((norm == 0) & (clipped == 0), 1.0, clipped / norm)
+                found_inf = torch.maximum(found_inf, (~torch.isfinite(coefficient)).float())
+                found_inf = torch.maximum(found_inf, (~torch.isfinite(norm)).float())
+                if group["lr"] > 0:
+                    has_gradient |= norm * coefficient != 0
+                coefficients[parameter] = coefficient.float()
+        first_element = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if group["name"] == "experts":
+                    if parameter in coefficients:
+                        self._step_bank(parameter, group, coefficients[parameter], found_inf, first_element)
+                    bank = self._layers[parameter].bank
+                    first_element += bank.num_parameters if bank is not None else 0
+                elif parameter.grad is not None:
+                    self._step_router(parameter, group, found_inf)
+        skipped = found_inf != 0
+        self._expected |= has_gradient & ~skipped
+        self._skipped.copy_(torch.where(skipped, self._skipped + 1, 0))
+        self._clear_banks()
+        return loss
+
+    def _step_bank(
+        self,
+        anchor: nn.Parameter,
+        group: dict[str, Any],
+        coefficient: torch.Tensor,
+        found_inf: torch.Tensor,
+        first_element: int,
+    ) -> None:
+        bank = self._layers[anchor].bank
+        assert bank is not None
+        state = self.state[anchor]
+        if not state:
+            state["step"] = torch.zeros(bank.codes.shape[:2], dtype=torch.int32, device=bank.codes.device)
+            state["exp_avg"] = torch.zeros_like(bank.grad)
+            state["exp_avg_sq"] = torch.zeros_like(bank.grad)
+        hit = bank.expert_hit.to(bank.neuron_expert.device)[bank.neuron_expert.long()].bool()
+        ops.masked_adam_(
+            bank.codes,
+            bank.absmax,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            bank.grad,
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            format=bank.format,
+            mode=bank.mode,
+            master=bank.master,
+            active=hit[:, None].expand(state["step"].shape).contiguous(),
+            grad_scale=coefficient,
+            found_inf=found_inf,
+            changed=self._changed,
+            seed=group["seed"],
+            first_element=first_element,
+        )
+
+    def _step_router(self, weight: nn.Parameter, group: dict[str, Any], found_inf: torch.Tensor) -> None:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        touched = [weight, state["exp_avg"], state["exp_avg_sq"], state["step"]]
+        before = [tensor.clone() for tensor in touched]
+        adamw(
+            [weight],
+            [weight.grad],  # type: ignore[list-item]
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for tensor, old in zip(touched, before):
+            tensor.copy_(torch.where(found_inf.to(tensor.device) != 0, old, tensor))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, those of the banks included."""
+        super().zero_grad(set_to_none)
+        self._clear_banks()
+
+    def _clear_banks(self) -> None:
+        for anchor, layer in self._layers.items():
+            anchor.grad = None
+            if layer.bank is not None:
+                layer.bank.zero_grad()
+
+    def check_progress(self) -> None:
+        """Raise UsafError if training stands still; reads three device flags, so call it where you log.
+
+        Either no bit of any code, scale or master changed since the last call although a step had lr > 0 and a finite
+        gradient that was not zero, or MAX_SKIPPED_STEPS steps in a row were skipped for non-finite gradients.
+        """
+        expected, changed, skipped = (int(flag) for flag in (self._expected, self._changed, self._skipped))
+        self._expected.zero_()
+        self._changed.zero_()
+        if skipped >= MAX_SKIPPED_STEPS:
+            raise UsafError(f"the last {skipped} steps were skipped: their gradients were not finite")
+        if expected and not changed:
+            raise UsafError(
+                "steps with a gradient changed no trained weight: the learning rate is below the weights' resolution "
+                "(raise it, or train with float32 masters)"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. Raises ValueError, changing nothing, when a moment does not fit its bank or router."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for position, entry in state_dict["state"].items():
+            if not 0 <= position < len(params):
+                raise ValueError(f"state_dict: entry {position}, but there are {len(params)} parameters")
+            layer = self._layers.get(params[position])
+            shape = layer.bank.codes.shape[:2] if layer is not None and layer.bank is not None else None
+            wanted = tuple(params[position].shape) if shape is None else (*shape, layer.hidden_size)  # type: ignore[union-attr]
+            for name in ("exp_avg", "exp_avg_sq"):
+                if tuple(entry[name].shape) != wanted:
+                    raise ValueError(
+                        f"state_dict: {name} of parameter {position} has shape {tuple(entry[name].shape)}, expected "
+                        f"{wanted}: it belongs to another selection"
+                    )
+        super().load_state_dict(state_dict)
+        for anchor in self._layers:
+            if self.state[anchor]:
+                self.state[anchor]["step"] = self.state[anchor]["step"].to(anchor.device)
