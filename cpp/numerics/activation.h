@@ -20,13 +20,14 @@ namespace usaf {
 inline constexpr float kClampedLimit = 7.0f;
 inline constexpr float kClampedAlpha = 1.702f;
 
-// e^x for x clamped to [-87, 88], where the result is a normal number. NaN stays NaN.
-USAF_HD float bounded_exp(float x) {
+// e^x where that is a normal number; e^-87 below, infinity above 88. NaN stays NaN.
+USAF_HD float exp_normal(float x) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the high part times n is exact
+  const bool overflows = x > 88.0f;
   x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+  x = overflows ? 88.0f : x;
   const float shifted = x * kLog2E + kShift;
   const float n = shifted - kShift;
   const float r = (x - n * kLn2High) - n * kLn2Low;
@@ -39,10 +40,10 @@ USAF_HD float bounded_exp(float x) {
   sum = sum * r + 1.0f;
   sum = sum * r + 1.0f;
   const float power_of_two = bits_float((float_bits(shifted) - float_bits(kShift) + 127u) << 23);
-  return sum * power_of_two;
+  return overflows ? bits_float(0x7f800000u) : sum * power_of_two;
 }
 
-USAF_HD float sigmoid(float x) { return 1.0f / (1.0f + bounded_exp(-x)); }
+USAF_HD float sigmoid(float x) { return 1.0f / (1.0f + exp_normal(-x)); }
 
 // h = gate * up after the activation, with the partial derivatives of h.
 struct GatedValue {
@@ -53,7 +54,7 @@ struct Silu {
   USAF_HD static GatedValue apply(float gate, float up) {
     const float s = sigmoid(gate);
     const float value = gate * s;
-    return {value * up, s * (1.0f + gate * (1.0f - s)) * up, value};
+    return {value * up, (s + value * (1.0f - s)) * up, value};
   }
 };
 
@@ -79,7 +80,7 @@ struct SwigluClamped {
     d = d < -kClampedLimit ? -kClampedLimit : d;
     const float s = sigmoid(kClampedAlpha * c);
     const float value = c * s;
-    const float slope = s * (1.0f + kClampedAlpha * c * (1.0f - s));
+    const float slope = s + kClampedAlpha * (value * (1.0f - s));
     return {value * (d + 1.0f), gate > kClampedLimit ? 0.0f : slope * (d + 1.0f), d == up ? value : 0.0f};
   }
 };

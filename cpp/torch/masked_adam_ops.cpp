@@ -39,10 +39,10 @@ const T* data_or_null(const OptionalTensor& tensor) {
 
 template <class Backend>
 void masked_adam_(const Tensor& codes, const Tensor& absmax, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                  const Tensor& step, const Tensor& grad_in, double lr, double beta1, double beta2, double eps,
-                  double weight_decay, std::string_view format_name, std::string_view mode_name,
-                  const OptionalTensor& master, const OptionalTensor& active_in, const OptionalTensor& grad_scale,
-                  const OptionalTensor& found_inf, const OptionalTensor& changed, int64_t seed, int64_t first_element) {
+                  const Tensor& step, const Tensor& grad_in, std::string_view format_name, std::string_view mode_name,
+                  double lr, double beta1, double beta2, double eps, double weight_decay, const OptionalTensor& master,
+                  const OptionalTensor& active_in, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                  const OptionalTensor& changed, int64_t seed, int64_t first_element) {
   const Format format = check_format(format_name);
   const AdamMode mode = checked(parse_adam_mode, mode_name);
   check_scalars(lr, beta1, beta2, eps, weight_decay, first_element);

@@ -26,9 +26,10 @@ TORCH_LIBRARY(usaf, m) {
   m.def(
       "row_importance_(Tensor(a!) importance, Tensor x, Tensor grad_out, Tensor grad_gate_up, Tensor weighted_h, "
       "Tensor offsets) -> ()");
+  // adam_mode, not mode: torch's tracing passes every argument by name through a function with its own `mode`.
   m.def(
       "masked_adam_(Tensor(a!) codes, Tensor(b!) absmax, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) step, "
-      "Tensor grad, *, float lr, float beta1, float beta2, float eps, float weight_decay, str format, str mode, "
+      "Tensor grad, str format, str adam_mode, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "Tensor(f!)? master=None, Tensor? active=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor(g!)? "
       "changed=None, int seed=0, SymInt first_element=0) -> ()");
 }

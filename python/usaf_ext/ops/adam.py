@@ -73,13 +73,13 @@ def masked_adam_(
         exp_avg_sq,
         step,
         grad,
+        format,
+        mode,
         lr=lr,
         beta1=beta1,
         beta2=beta2,
         eps=eps,
         weight_decay=weight_decay,
-        format=format,
-        mode=mode,
         master=master,
         active=active,
         grad_scale=grad_scale,
@@ -91,5 +91,15 @@ def masked_adam_(
 
 
 @torch.library.register_fake("usaf::masked_adam_")
-def _(codes: Tensor, absmax: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, grad: Tensor, **rest) -> None:
+def _(
+    codes: Tensor,
+    absmax: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    grad: Tensor,
+    format: str,
+    adam_mode: str,
+    **rest,
+) -> None:
     return None

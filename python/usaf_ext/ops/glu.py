@@ -88,11 +88,12 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Tensor, str, bool, Tensor | None], output: Tensor) -> None:
     gate_up, ctx.activation, ctx.interleaved, bias = inputs
+    ctx.bias_wants_gradient = bias is not None and bias.requires_grad
     ctx.save_for_backward(gate_up, bias)
 
 
 def _backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, None, None, None]:
-    if ctx.needs_input_grad[3]:
+    if ctx.bias_wants_gradient:
         raise NotImplementedError("usaf::glu: differentiable in gate_up only; bias must not require a gradient")
     gate_up, bias = ctx.saved_tensors
     grads = torch.ops.usaf.glu_backward(grad_h, gate_up, ctx.activation, ctx.interleaved, bias, None)
