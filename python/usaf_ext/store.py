@@ -1,8 +1,9 @@
 """ExpertStore: all experts of a model, quantised, one page per (layer, expert) in host memory; and its folder on disk.
 
-The folder: `usaf_store.json` (sizes, per-page crc32, where it came from), `experts-*.safetensors` (one U8 tensor per page,
-data at multiples of 4096), and, when it came from a checkpoint, that checkpoint's config, tokenizer and every non-expert
-tensor byte for byte under their own names, so that transformers opens the folder too. Written whole or not at all.
+The folder: `usaf_store.json` (sizes, per-page crc32, where it came from), `experts-*.safetensors` (one U8 tensor per
+page, data at multiples of 4096), and, when it came from a checkpoint, that checkpoint's config, tokenizer and every
+non-expert tensor byte for byte under their own names, so that transformers opens the folder too. Written whole or not
+at all.
 """
 
 from __future__ import annotations
@@ -105,27 +106,6 @@ class ExpertStore:
         """
         return cls(layer_names, num_experts, hidden_size, intermediate_size, format)
 
-    @classmethod
-    def quantize(cls, source: ModelSource, format: str = "nf4", progress=None) -> ExpertStore:
-        """Quantise a checkpoint's experts, reading one at a time, and seal. `progress(done, total)` after each."""
-        store = cls(
-            source.layer_names,
-            source.num_experts,
-            source.hidden_size,
-            source.intermediate_size,
-            format,
-            source_path=str(Path(source.path).resolve()),
-            fingerprint=source.fingerprint,
-        )
-        total = store.num_layers * store.num_experts
-        for layer in range(store.num_layers):
-            for expert in range(store.num_experts):
-                store.write_expert(layer, expert, *source.expert(layer, expert))
-                if progress is not None:
-                    progress(layer * store.num_experts + expert + 1, total)
-        store.seal()
-        return store
-
     @property
     def bytes(self) -> int:
         return self.native.bytes
@@ -214,15 +194,14 @@ class ExpertStore:
 
         Raises:
             StoreError: not sealed yet, or `source` is not the checkpoint that this store came from.
-            FileExistsError: `path` is a file, or a folder that is no store and not empty.
+            FileExistsError: something that is no store stands at `path`.
         """
         target = Path(path)
         if not self.sealed:
             raise StoreError("the store is not sealed yet: fill every page, then seal()")
         if source is not None and source.fingerprint != self.fingerprint:
             raise StoreError(f"{source.path}: not the checkpoint that this store was quantised from")
-        if target.is_dir() and any(target.iterdir()) and not is_store(target):
-            raise FileExistsError(f"{target}: a folder that is not a store stands there; remove it or choose another")
+        self.check_target(target)
         pages = self._page_list()
         per_shard = max(1, shard_bytes // self.layout.page_bytes)
         shards = [pages[i : i + per_shard] for i in range(0, len(pages), per_shard)]
@@ -264,6 +243,15 @@ class ExpertStore:
             }
             index["crc32"] = _index_crc(index)
             (folder / STORE_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def check_target(path: str | os.PathLike) -> None:
+        """Raises FileExistsError if something that is no store stands at `path`: `save` would refuse it too."""
+        target = Path(path)
+        if target.exists() and not is_store(target) and not (target.is_dir() and not any(target.iterdir())):
+            raise FileExistsError(
+                f"{target}: something that is no store stands there; remove it or choose another name"
+            )
 
     def _pages(self, pages: list[tuple[int, int]], checksums: dict[str, int]) -> Iterator[memoryview]:
         for page in pages:
