@@ -3,8 +3,8 @@
 // Every backend defines the launchers of kernel_launchers.inc with the same signatures: usaf::cpu in cpp/cpu/,
 // usaf::gpu in cuda/ or in hip/ (a build links exactly one of them). `stream` comes last, is a backend's native stream
 // handle and is never defaulted; the CPU ignores it. All pointers are on the backend's device; rows are contiguous
-// unless a stride says otherwise. Launchers throw std::invalid_argument or DeviceError; zero-sized work is valid and
-// does nothing.
+// unless a stride says otherwise; GPU backends want codes at a multiple of 16 bytes. Launchers throw
+// std::invalid_argument or DeviceError; zero-sized work is valid and does nothing.
 #pragma once
 #include <cstdint>
 

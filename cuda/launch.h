@@ -1,0 +1,26 @@
+// How the CUDA sources launch a kernel: always on the caller's stream, always checked.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "errors.h"
+
+// tests/gpu_emulation defines its own, to run the kernels on the CPU.
+#ifndef USAF_LAUNCH_KERNEL
+#define USAF_LAUNCH_KERNEL(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+#endif
+
+namespace usaf::gpu {
+
+// `name` says in the message which kernel failed. Kernels take their arguments by value.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
+            const Arguments&... arguments) {
+  USAF_LAUNCH_KERNEL(kernel, grid, block, 0, static_cast<cudaStream_t>(stream), arguments...);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw DeviceError(std::string(name) + ": CUDA launch failed: " + cudaGetErrorString(error));
+}
+
+}  // namespace usaf::gpu
