@@ -287,7 +287,7 @@ class ModelSource:
                         )
 
     def checkpoint_key(self, parameter: str) -> str:
-        """The key under which the checkpoint holds a model's parameter. Raises StoreError when it has no such tensor."""
+        """The key under which the checkpoint holds a model's parameter. StoreError when it has none."""
         for old, new in (("", ""), *self.layout.module_renames):
             key = parameter.replace(new, old) if new else parameter
             if key in self.tensors:

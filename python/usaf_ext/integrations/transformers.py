@@ -2,7 +2,7 @@
 
 `path` is a plain checkpoint, whose experts are quantised while they stream in, or a store. transformers loads the dense
 part; before it does, the experts' parameters are taken off the (meta) skeleton, so that it has nowhere to put the
-checkpoint's expert tensors and never reads them. Afterwards the experts are filled in from the checkpoint, one at a time.
+checkpoint's expert tensors and never reads them. Afterwards the experts are filled in, one at a time.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class UsafConfig(QuantizationConfigMixin):
             raise TypeError(f"originals: expected a path or None, got {type(originals).__name__}")
         if device_budget != "auto":
             parse_size(device_budget, "device_budget")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.format = format
         self.device_budget = device_budget
         self.originals = None if originals is None else str(originals)
@@ -118,12 +118,12 @@ def _check_family(name: str, module: Any) -> None:
             raise ValueError(f"{name} ({type(module).__name__}) has {what}: this family is not supported yet")
 
 
-def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+def find_experts(model: nn.Module) -> dict[str, Any]:
     """The experts modules that transformers lets us replace, by name, in order."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "is_concatenated")}
 
 
-def _match_layers(experts: dict[str, nn.Module], layer_names: list[str], folder: Path, prefix: str) -> dict[str, int]:
+def _match_layers(experts: dict[str, Any], layer_names: list[str], folder: Path, prefix: str) -> dict[str, int]:
     """Module name -> number of its layer. A checkpoint may lack the base model's prefix, or a module may."""
 
     def bare(name: str) -> str:
@@ -140,38 +140,31 @@ def _match_layers(experts: dict[str, nn.Module], layer_names: list[str], folder:
     return {name: numbers[bare(name)] for name in experts}
 
 
-def _check_sizes(experts: dict[str, nn.Module], sizes: ModelSource | ExpertStore, folder: Path) -> None:
-    expected = (sizes.num_experts, 2 * sizes.intermediate_size, sizes.hidden_size)
+def _check_sizes(experts: dict[str, Any], store: ExpertStore, folder: Path) -> None:
+    expected = (store.num_experts, 2 * store.intermediate_size, store.hidden_size)
     for name, module in experts.items():
         shape = tuple(module.gate_up_proj.shape)
         if shape != expected:
             raise ValueError(f"{name}.gate_up_proj: the model expects {shape}, {folder} has {expected}")
 
 
-def fill_store(store: ExpertStore, source: ModelSource) -> None:
-    """Quantise every expert of `source` into `store`, one at a time, and seal it."""
-    total = store.num_layers * store.num_experts
-    with tqdm(total=total, desc=f"Quantising experts to {store.format}", disable=None) as bar:
-        for layer in range(store.num_layers):
-            for expert in range(store.num_experts):
-                store.write_expert(layer, expert, *source.expert(layer, expert))
-                bar.update()
+def _quantise(source: ModelSource, format: str) -> ExpertStore:
+    with tqdm(desc=f"Quantising experts to {format}", unit="expert", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        store = ExpertStore.quantize(source, format, progress)
     source.close()
-    store.source_path, store.fingerprint = str(source.path.resolve()), source.fingerprint
-    store.seal()
-
-
-def new_store(source: ModelSource, format: str) -> ExpertStore:
-    """An empty store with the sizes of `source`."""
-    return ExpertStore.create(
-        source.layer_names, source.num_experts, source.hidden_size, source.intermediate_size, format
-    )
+    return store
 
 
 @register_quantizer(METHOD)
 class UsafHfQuantizer(HfQuantizer):
     """Takes the experts out of transformers' loading and attaches paged ones. One object per `from_pretrained`."""
 
+    quantization_config: UsafConfig
     requires_calibration = False
     is_trainable = True
     is_qat_trainable = True  # Trainer accepts the model without an adapter
@@ -189,7 +182,7 @@ class UsafHfQuantizer(HfQuantizer):
             raise ValueError(f"device_map: expected None or 'cpu' (the only backend so far), got {device_map!r}")
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, dtype=None, **kwargs):
-        config: UsafConfig = self.quantization_config
+        config = self.quantization_config
         if not checkpoint_files:
             raise ValueError("from_pretrained: expected a checkpoint or store folder, got no checkpoint files")
         folder = Path(checkpoint_files[0]).parent
@@ -201,20 +194,24 @@ class UsafHfQuantizer(HfQuantizer):
         self._activations = {name: _activation_of(name, module) for name, module in experts.items()}
         self._dtype = dtype if dtype is not None else torch.get_default_dtype()
         self._source: ModelSource | None
+        self._format = config.format or DEFAULT_FORMAT
         with torch.device("cpu"):  # from_pretrained makes tensors on the meta device here
             if is_store(folder):
-                self._store = ExpertStore.open(folder)
-                if config.format not in (None, self._store.format):
-                    raise ValueError(f"format: {folder} is a store of {self._store.format}, not of {config.format}")
-                self._source = open_originals(self._store, config.originals)
+                store = ExpertStore.open(folder)
+                if config.format not in (None, store.format):
+                    raise ValueError(f"format: {folder} is a store of {store.format}, not of {config.format}")
+                self._source = open_originals(store, config.originals)
             else:
                 if config.originals is not None:
                     raise ValueError(f"originals: {folder} is itself an original checkpoint; leave it out")
                 self._source = ModelSource.open(folder)
-                self._store = new_store(self._source, config.format or DEFAULT_FORMAT)
-        self._numbers = _match_layers(experts, self._store.layer_names, folder, model.base_model_prefix)
-        _check_sizes(experts, self._store, folder)
-        ExpertMemory.slots_for(self._store, config.device_budget, self._dtype)
+                sizes = (self._source.num_experts, self._source.hidden_size, self._source.intermediate_size)
+                # Empty until the dense part is loaded: so far only its sizes are needed, to refuse a small budget.
+                store = ExpertStore.create(self._source.layer_names, *sizes, self._format)
+        self._numbers = _match_layers(experts, store.layer_names, folder, model.base_model_prefix)
+        _check_sizes(experts, store, folder)
+        ExpertMemory.slots_for(store, config.device_budget, self._dtype)
+        self._opened = store if store.sealed else None
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         for name, module in experts.items():
             for parameter in _EXPERT_PARAMETERS:
@@ -227,10 +224,11 @@ class UsafHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        if not self._store.sealed:
+        store = self._opened
+        if store is None:
             assert self._source is not None
-            fill_store(self._store, self._source)
-        memory = ExpertMemory(self._store, self.quantization_config.device_budget, self._dtype)
+            store = _quantise(self._source, self._format)
+        memory = ExpertMemory(store, self.quantization_config.device_budget, self._dtype)
         model.requires_grad_(False)
         for name, number in self._numbers.items():
             module = model.get_submodule(name)
