@@ -220,9 +220,10 @@ class RunFolder:
         return self.path / "log.jsonl"
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one JSON object as a line."""
+        """Append one JSON object as a line. Raises ValueError for a NaN or infinity, which JSON does not have."""
+        line = json.dumps(record, allow_nan=False) + "\n"
         with self.log_path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(line)
 
     def log_records(self) -> list[dict[str, Any]]:
         """All records; a last line cut off by a kill is left out."""
