@@ -1,7 +1,7 @@
 """Files and folders that are either whole or not there: written under a temporary name, synced, renamed.
 
-They are written in a folder `.{name}.{random}.tmp` beside the target. What a killed writer left behind is never looked at
-by a reader, and the next writer of the same target removes it, unless its owner still holds the lock on it.
+They are written in a folder `.{name}.{random}.tmp` beside the target. What a killed writer left behind is never looked
+at by a reader, and the next writer of the same target removes it, unless its owner still holds the lock on it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ at all.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import zlib
@@ -24,39 +23,19 @@ from . import _C, ops
 from .atomic import atomic_directory
 from .errors import StoreError
 from .safetensors_io import read_safetensors_header, write_safetensors
+from .store_files import STORE_INDEX_NAME, check_files, copy_dense, file_crc, is_store, read_index, write_index
 
 if TYPE_CHECKING:
     from .checkpoint_source import ModelSource
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-STORE_INDEX_NAME = "usaf_store.json"
-_KIND = "usaf_store"
 _SHARD_BYTES = 4 << 30
-_CHUNK_BYTES = 16 << 20
 _MATRICES = ("gate", "up", "down")
-
-
-def is_store(path: str | os.PathLike) -> bool:
-    """Is `path` the folder of a store?"""
-    return (Path(path) / STORE_INDEX_NAME).is_file()
 
 
 def _page_name(layer: int, expert: int) -> str:
     return f"layers.{layer}.experts.{expert}"
-
-
-def _index_crc(index: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps({k: v for k, v in index.items() if k != "crc32"}, sort_keys=True).encode())
-
-
-def _file_crc(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 class ExpertStore:
@@ -268,15 +247,15 @@ class ExpertStore:
             checksums: dict[str, int] = {}
             for number, shard in enumerate(shards, start=1):
                 name = f"experts-{number:05d}-of-{len(shards):05d}.safetensors"
-                tensors = {_page_name(*page): ("U8", (self.layout.page_bytes,)) for page in shard}
+                tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+                    _page_name(*page): ("U8", (self.layout.page_bytes,)) for page in shard
+                }
                 with (folder / name).open("wb") as file:
                     write_safetensors(file, tensors, self._pages(shard, checksums), align=_C.PAGE_ALIGN)
                 files[name] = {"bytes": (folder / name).stat().st_size}
-            for name in _copy_dense(source, folder) if source is not None else ():
-                files[name] = {"bytes": (folder / name).stat().st_size, "crc32": _file_crc(folder / name)}
+            for name in copy_dense(source, folder) if source is not None else ():
+                files[name] = {"bytes": (folder / name).stat().st_size, "crc32": file_crc(folder / name)}
             index = {
-                "kind": _KIND,
-                "format_version": FORMAT_VERSION,
                 "format": self.format,
                 "layer_names": self.layer_names,
                 "num_experts": self.num_experts,
@@ -288,8 +267,7 @@ class ExpertStore:
                 "files": files,
                 "page_crc32": checksums,
             }
-            index["crc32"] = _index_crc(index)
-            (folder / STORE_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+            write_index(folder, index)
 
     def _pages(self, pages: list[tuple[int, int]], checksums: dict[str, int]) -> Iterator[memoryview]:
         for page in pages:
@@ -308,9 +286,9 @@ class ExpertStore:
             StoreError: missing, truncated, foreign, from a newer version, or altered; names the file.
         """
         folder = Path(path)
-        index = _read_index(folder)
+        index = read_index(folder)
         try:
-            _check_files(folder, index["files"], verify)
+            check_files(folder, index["files"], verify)
             if index["format"] not in _C.FORMATS:
                 raise StoreError(f"{folder}: format {index['format']!r}; this usaf_ext reads {_C.FORMATS}")
             store = cls(
@@ -358,58 +336,3 @@ class ExpertStore:
             f"ExpertStore(layers={self.num_layers}, experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, format={self.format!r}, bytes={self.bytes})"
         )
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / STORE_INDEX_NAME
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(f"{folder}: not a store: it has no {STORE_INDEX_NAME}") from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(index, dict) or index.get("kind") != _KIND:
-        raise StoreError(f"{path}: not the index of a usaf store")
-    version = index.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise StoreError(f"{path}: format_version {version!r}; this usaf_ext reads 1 to {FORMAT_VERSION}")
-    if index.get("crc32") != _index_crc(index):
-        raise StoreError(f"{path}: damaged: its crc32 does not match")
-    return index
-
-
-def _check_files(folder: Path, files: dict[str, dict[str, int]], verify: bool) -> None:
-    for name, expected in files.items():
-        file = folder / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected["bytes"]:
-            found = "it is missing" if size is None else f"it has {size}"
-            raise StoreError(f"{file}: expected {expected['bytes']} bytes, {found}")
-        if verify and "crc32" in expected and _file_crc(file) != expected["crc32"]:
-            raise StoreError(f"{file}: damaged: its crc32 does not match")
-
-
-def _copy_dense(source: ModelSource, folder: Path) -> list[str]:
-    """Copy everything of a checkpoint but its experts; returns the names of the files written."""
-    names = []
-    for file in source.support_files():
-        (folder / file.name).write_bytes(file.read_bytes())
-        names.append(file.name)
-    weight_map: dict[str, str] = {}
-    for shard, keys in source.shards.items():
-        dense = [key for key in keys if not source.is_expert_key(key)]
-        if not dense:
-            continue
-        tensors = {key: (source.tensors[key].dtype, source.tensors[key].shape) for key in dense}
-        chunks = (chunk for key in dense for chunk in source.tensor_bytes(key))
-        with (folder / shard).open("wb") as file:
-            write_safetensors(file, tensors, chunks, source.shard_metadata[shard])
-        weight_map |= dict.fromkeys(dense, shard)
-        names.append(shard)
-    if len(source.shards) > 1:
-        name = "model.safetensors.index.json"
-        total = sum(source.tensors[key].num_bytes for key in weight_map)
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-        names.append(name)
-    return names
