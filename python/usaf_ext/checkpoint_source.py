@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ import torch
 
 from .checkpoint_folder import CheckpointFolder, resolve_folder
 from .errors import StoreError
-
-logger = logging.getLogger(__name__)
 
 STORE_INDEX_NAME = "usaf_store.json"
 
@@ -67,6 +64,15 @@ _ANY_EXPERT_KEY = re.compile(r"(?:^|\.)experts\.")
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key that orders the numbers between dots by value: layers.2 before layers.10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def checkpoint_key(folder: CheckpointFolder, parameter: str) -> str:
+    """The key under which a checkpoint holds a model's parameter. Raises StoreError when it has none."""
+    renames = [rename for layout in EXPERT_LAYOUTS for rename in layout.module_renames]
+    for key in (parameter, *(parameter.replace(ours, theirs) for theirs, ours in renames)):
+        if key in folder.tensors:
+            return key
+    raise StoreError(f"{folder.path}: no tensor for the parameter {parameter!r}")
 
 
 class ModelSource(CheckpointFolder):
@@ -175,14 +181,6 @@ class ModelSource(CheckpointFolder):
                             f"{key}: {info.dtype} {list(info.shape)} in {info.file}; "
                             f"expected {first[0].dtype} {list(shape)}"
                         )
-
-    def checkpoint_key(self, parameter: str) -> str:
-        """The key under which the checkpoint holds a model's parameter. StoreError when it has none."""
-        for old, new in (("", ""), *self.layout.module_renames):
-            key = parameter.replace(new, old) if new else parameter
-            if key in self.tensors:
-                return key
-        raise StoreError(f"{self.path}: no tensor for the parameter {parameter!r}")
 
     @property
     def num_layers(self) -> int:
