@@ -33,7 +33,9 @@ def plot_loss(
         if window > 1:
             padded = torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(1)
             axes.plot(steps[window - 1 :], padded, color="tab:blue", label=f"training, mean of {window} steps")
-    for color, (name, (at, values)) in zip(("tab:red", "tab:green", "tab:purple", "tab:brown"), (evaluations or {}).items()):
+    for color, (name, (at, values)) in zip(
+        ("tab:red", "tab:green", "tab:purple", "tab:brown"), (evaluations or {}).items()
+    ):
         axes.plot(at, values, marker="o", color=color, label=f"held out: {name}")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("cross-entropy (nats a token)")
