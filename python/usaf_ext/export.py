@@ -1,6 +1,6 @@
 """Export: a plain Hugging Face checkpoint that transformers loads without usaf_ext, written whole or not at all.
 
-base "original": the source's own bytes, but for the trained neurons (from the masters; in mode in_place from the decoded
+base "original": the source's own bytes, but for the trained neurons (from the masters; in mode in_place decoded
 codes) and the trained router. base "dequantized": what the quantised model computes with, every expert decoded.
 Tensors are streamed one at a time (fused experts one expert at a time), and what was written is read back and compared
 before it appears under its name.
