@@ -53,13 +53,11 @@ def info(arguments: argparse.Namespace) -> int:
 def quantize(arguments: argparse.Namespace) -> int:
     """Write a checkpoint's experts as a store, with everything else the folder needs to be opened as a model."""
     from .checkpoint_source import ModelSource
-    from .integrations.transformers import fill_store, new_store
     from .store import ExpertStore
 
     ExpertStore.check_target(arguments.store)
     source = ModelSource.open(arguments.model)
-    store = new_store(source, arguments.format)
-    fill_store(store, source)
+    store = ExpertStore.quantize(source, arguments.format)
     store.save(arguments.store, source)
     weights = 3 * store.num_layers * store.num_experts * store.hidden_size * store.intermediate_size
     print(

@@ -20,7 +20,6 @@ from .data import PackedDataset
 from .evaluation import evaluate
 from .experts import expert_memory, paged_layers
 from .export import export
-from .integrations.transformers import fill_store, new_store
 from .loading import load_model
 from .router import trained_routers
 from .run_folder import RunFolder
@@ -113,8 +112,7 @@ def demo(arguments: argparse.Namespace) -> int:
     config = replace(CONFIG, router=arguments.router)
 
     source = ModelSource.open(MODEL)
-    store = new_store(source, "nf4")
-    fill_store(store, source)
+    store = ExpertStore.quantize(source, "nf4")
     store.save(out / "store", source)
     pages = store.num_layers * store.num_experts
     expert_bytes = pages * store.layout.payload_bytes
