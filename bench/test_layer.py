@@ -12,7 +12,6 @@ from cases import QWEN3_30B_LAYER as CASE
 from torch import nn
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
 from usaf_ext.bank import RowBank
 from usaf_ext.experts import PagedExperts
 
@@ -54,7 +53,7 @@ def ours(peer):
     ).int()
     expert = torch.arange(CASE.num_experts, dtype=torch.int32).repeat_interleave(per_expert)
     layer = experts.layer
-    layer.set_bank(RowBank.from_store(layer.store, 0, expert, index, originals=None, mode="master"))
+    layer.set_bank(RowBank.from_store(layer.store, 0, (expert, index)))
     return experts
 
 

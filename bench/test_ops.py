@@ -6,7 +6,6 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from cases import QWEN3_30B_LAYER as CASE
-
 from usaf_ext import ops
 
 ROUNDS = 9

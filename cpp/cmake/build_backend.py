@@ -7,7 +7,7 @@ from scikit_build_core import build as _build
 from scikit_build_core.build import *  # noqa: F403  the hooks of PEP 517
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from torch_info import find_torch  # noqa: E402
+from torch_info import find_torch
 
 TORCH_PIN = "torch==2.13.0"
 

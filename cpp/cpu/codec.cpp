@@ -51,7 +51,7 @@ inline float block_absmax(const float* weight, int64_t count) {
   return bits_float(largest);
 }
 
-inline void pack(const uint8_t (&code)[kBlockSize], int64_t count, uint8_t* codes) {
+inline void pack(const uint32_t (&code)[kBlockSize], int64_t count, uint8_t* codes) {
   for (int64_t i = 0; i < (count + 1) / 2; ++i) {
     codes[i] = static_cast<uint8_t>((code[2 * i] << 4) | code[2 * i + 1]);
   }
@@ -62,8 +62,8 @@ inline void pack(const uint8_t (&code)[kBlockSize], int64_t count, uint8_t* code
 USAF_CLONES float nf4_encode_block(const float* weight, int64_t count, uint8_t* codes) {
   const float absmax = block_absmax(weight, count);
   const float inverse = nf4_inverse_scale(absmax);
-  uint8_t code[kBlockSize] = {};
-  for (int64_t i = 0; i < count; ++i) code[i] = static_cast<uint8_t>(nf4_encode(weight[i] * inverse));
+  uint32_t code[kBlockSize] = {};
+  for (int64_t i = 0; i < count; ++i) code[i] = nf4_encode(weight[i] * inverse);
   pack(code, count, codes);
   return absmax;
 }
@@ -72,9 +72,9 @@ USAF_CLONES float nf4_encode_block_stochastic(const float* weight, int64_t count
                                               uint8_t* codes) {
   const float absmax = block_absmax(weight, count);
   const float inverse = nf4_inverse_scale(absmax);
-  uint8_t code[kBlockSize] = {};
+  uint32_t code[kBlockSize] = {};
   for (int64_t i = 0; i < count; ++i) {
-    code[i] = static_cast<uint8_t>(nf4_encode_stochastic(weight[i] * inverse, to_uniform(random[i])));
+    code[i] = nf4_encode_stochastic(weight[i] * inverse, to_uniform(random[i]));
   }
   pack(code, count, codes);
   return absmax;

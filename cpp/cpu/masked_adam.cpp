@@ -9,7 +9,6 @@
 #include "../numerics/rng.h"
 #include "codec_row.h"
 #include "parallel.h"
-#include "typed.h"
 
 namespace usaf::cpu {
 namespace {
@@ -23,9 +22,20 @@ bool replace(T* target, const T* value, int64_t count) {
   return true;
 }
 
-USAF_CLONES void step_block(const AdamScalars& scalars, int64_t count, float grad_scale, const float* grad,
-                            float* exp_avg, float* exp_avg_sq, float* weight) {
-  for (int64_t i = 0; i < count; ++i) {
+// Gradients and moments of one block.
+struct Block {
+  const float* grad;
+  float *exp_avg, *exp_avg_sq;
+  int64_t count;
+};
+
+// Steps `weight` in place.
+USAF_CLONES void step_block(const AdamScalars& scalars, float grad_scale, const Block& block,
+                            float* __restrict weight) {
+  const float* __restrict grad = block.grad;
+  float* __restrict exp_avg = block.exp_avg;
+  float* __restrict exp_avg_sq = block.exp_avg_sq;
+  for (int64_t i = 0; i < block.count; ++i) {
     const AdamState next = adam_step(scalars, {weight[i], exp_avg[i], exp_avg_sq[i]}, grad[i] * grad_scale);
     weight[i] = next.weight;
     exp_avg[i] = next.exp_avg;
@@ -33,15 +43,28 @@ USAF_CLONES void step_block(const AdamScalars& scalars, int64_t count, float gra
   }
 }
 
+USAF_CLONES void widen(const Bf16* values, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_float(values[i]);
+}
+
+// Rounds `weight` to bfloat16, in `rounded` and in place.
+USAF_CLONES void round_block(int64_t count, float* __restrict weight, Bf16* __restrict rounded) {
+  for (int64_t i = 0; i < count; ++i) {
+    rounded[i] = to_bf16(weight[i]);
+    weight[i] = to_float(rounded[i]);
+  }
+}
+
 // Random numbers of elements first .. first + count - 1.
 void fill_random(uint64_t seed, int32_t step, int64_t first, int64_t count, uint32_t* random) {
-  uint32_t groups[kBlockSize + 2 * kRandomsPerGroup];
-  const int64_t first_group = first / kRandomsPerGroup, last_group = (first + count - 1) / kRandomsPerGroup;
-  for (int64_t group = first_group; group <= last_group; ++group) {
-    const Random4 four = random_group(seed, step, static_cast<uint64_t>(group));
-    std::memcpy(groups + (group - first_group) * kRandomsPerGroup, four.value, sizeof four.value);
+  constexpr int64_t kMaxGroups = kBlockSize / kRandomsPerGroup + 1;
+  const int64_t first_group = first / kRandomsPerGroup, skip = first % kRandomsPerGroup;
+  Random4 group[kMaxGroups];
+  for (int64_t g = 0; g < kMaxGroups; ++g) {
+    group[g] = random_group(seed, step, static_cast<uint64_t>(first_group + g));
   }
-  std::memcpy(random, groups + (first - first_group * kRandomsPerGroup), static_cast<size_t>(count) * sizeof *random);
+  static_assert(sizeof group == kMaxGroups * kRandomsPerGroup * sizeof(uint32_t));
+  std::memcpy(random, reinterpret_cast<const uint32_t*>(group) + skip, static_cast<size_t>(count) * sizeof *random);
 }
 
 struct Row {
@@ -51,57 +74,63 @@ struct Row {
   AdamScalars scalars;
   float grad_scale;
 
-  // `weight` holds the block's values before the step. True if a stored bit changed.
-  bool step_master_block(int64_t start, int64_t count, float* weight) const {
+  Block block_at(int64_t start, int64_t count) const {
     const int64_t element = row * args.cols + start;
-    bool changed = false;
-    with_type(args.master_dtype, [&]<class T>(T) {
-      T* master = static_cast<T*>(args.master) + element;
-      for (int64_t i = 0; i < count; ++i) weight[i] = to_float(master[i]);
-      advance(element, count, weight);
-      T rounded[kBlockSize];
-      for (int64_t i = 0; i < count; ++i) rounded[i] = from_float<T>(weight[i]);
-      for (int64_t i = 0; i < count; ++i) weight[i] = to_float(rounded[i]);
-      changed = replace(master, rounded, count);
-    });
-    return changed;
+    return {args.grad + element, args.exp_avg + element, args.exp_avg_sq + element, count};
   }
 
-  void advance(int64_t element, int64_t count, float* weight) const {
-    step_block(scalars, count, grad_scale, args.grad + element, args.exp_avg + element, args.exp_avg_sq + element,
-               weight);
+  // Steps the master of one block; `weight` becomes its new values. True if a bit changed.
+  bool step_master(int64_t start, int64_t count, float* weight) const {
+    const int64_t element = row * args.cols + start;
+    if (args.master_dtype == DType::f32) {
+      float* master = static_cast<float*>(args.master) + element;
+      std::memcpy(weight, master, static_cast<size_t>(count) * sizeof *weight);
+      step_block(scalars, grad_scale, block_at(start, count), weight);
+      return replace(master, weight, count);
+    }
+    Bf16* master = static_cast<Bf16*>(args.master) + element;
+    Bf16 rounded[kBlockSize];
+    widen(master, count, weight);
+    step_block(scalars, grad_scale, block_at(start, count), weight);
+    round_block(count, weight, rounded);
+    return replace(master, rounded, count);
   }
 
+  // The new codes of one block of nearest rounding, or (random not null) of stochastic rounding. True if a bit changed.
+  bool encode(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes, float* absmax) const {
+    if (args.format == Format::nf4) {
+      uint8_t encoded[kBlockBytes];
+      const float new_absmax = random ? nf4_encode_block_stochastic(weight, count, random, encoded)
+                                      : nf4_encode_block(weight, count, encoded);
+      const bool changed = replace(codes, encoded, (count + 1) / 2);
+      return replace(absmax, &new_absmax, 1) || changed;
+    }
+    Bf16 encoded[kBlockSize];
+    for (int64_t i = 0; i < count; ++i) {
+      encoded[i] = random ? to_bf16_stochastic(weight[i], random[i]) : to_bf16(weight[i]);
+    }
+    return replace(reinterpret_cast<Bf16*>(codes), encoded, count);
+  }
+
+  // True if a bit of codes, absmax or master changed.
   bool run() const {
-    const bool nf4 = args.format == Format::nf4;
     uint8_t* codes = args.codes + row * code_bytes(args.format, args.cols);
     float* absmax = args.absmax + row * num_blocks(args.format, args.cols);
+    const int64_t code_step = args.format == Format::nf4 ? kBlockBytes : 2 * kBlockSize;
+    const int64_t absmax_step = args.format == Format::nf4 ? 1 : 0;
     bool changed = false;
     float weight[kBlockSize];
     uint32_t random[kBlockSize];
-    for (int64_t start = 0, block = 0; start < args.cols; start += kBlockSize, ++block) {
+    for (int64_t start = 0; start < args.cols; start += kBlockSize, codes += code_step, absmax += absmax_step) {
       const int64_t count = std::min(kBlockSize, args.cols - start);
-      uint8_t* block_codes = codes + (nf4 ? start / 2 : 2 * start);
-      const bool in_place = args.mode == AdamMode::in_place;
-      if (in_place) {
-        decode_row(args.format, block_codes, absmax + (nf4 ? block : 0), count, weight);
-        advance(row * args.cols + start, count, weight);
+      if (args.mode == AdamMode::master) {
+        changed |= step_master(start, count, weight);
+        changed |= encode(weight, count, nullptr, codes, absmax);
+      } else {
+        decode_row(args.format, codes, absmax, count, weight);
+        step_block(scalars, grad_scale, block_at(start, count), weight);
         fill_random(args.seed, step, args.first_element + row * args.cols + start, count, random);
-      } else {
-        changed |= step_master_block(start, count, weight);
-      }
-      if (nf4) {
-        uint8_t encoded[kBlockBytes];
-        const float new_absmax = in_place ? nf4_encode_block_stochastic(weight, count, random, encoded)
-                                          : nf4_encode_block(weight, count, encoded);
-        changed |= replace(block_codes, encoded, (count + 1) / 2);
-        changed |= replace(absmax + block, &new_absmax, 1);
-      } else {
-        Bf16 encoded[kBlockSize];
-        for (int64_t i = 0; i < count; ++i) {
-          encoded[i] = in_place ? to_bf16_stochastic(weight[i], random[i]) : to_bf16(weight[i]);
-        }
-        changed |= replace(reinterpret_cast<Bf16*>(block_codes), encoded, count);
+        changed |= encode(weight, count, random, codes, absmax);
       }
     }
     return changed;

@@ -45,42 +45,51 @@ static_assert(nf4_shift(0) == 4 && nf4_shift(1) == 0 && nf4_shift(2) == 12 && nf
 
 USAF_HD float nf4_inverse_scale(float absmax) { return 1.0f / (absmax > kNf4MinAbsmax ? absmax : kNf4MinAbsmax); }
 
-// `normalized` = w * nf4_inverse_scale(absmax). Four compares, no table, no branch.
+// `normalized` = w * nf4_inverse_scale(absmax). A bisection over the bounds: four compares and selects, no memory read,
+// no branch. Written as selects of values, which every compiler vectorises; logic on bools it does not.
 USAF_HD uint32_t nf4_encode(float normalized) {
-  const bool b3 = normalized > nf4_threshold(7);
-  const float t2 = b3 ? nf4_threshold(11) : nf4_threshold(3);
-  const bool b2 = normalized > t2;
-  const float t1 = b3 ? (b2 ? nf4_threshold(13) : nf4_threshold(9)) : (b2 ? nf4_threshold(5) : nf4_threshold(1));
-  const bool b1 = normalized > t1;
-  const float t0_high = b2 ? (b1 ? nf4_threshold(14) : nf4_threshold(12)) : (b1 ? nf4_threshold(10) : nf4_threshold(8));
-  const float t0_low = b2 ? (b1 ? nf4_threshold(6) : nf4_threshold(4)) : (b1 ? nf4_threshold(2) : nf4_threshold(0));
-  const bool b0 = normalized > (b3 ? t0_high : t0_low);
-  return (uint32_t{b3} << 3) | (uint32_t{b2} << 2) | (uint32_t{b1} << 1) | uint32_t{b0};
+  const float x = normalized;
+  const float t3 = nf4_threshold(7);
+  const float t2 = x > t3 ? nf4_threshold(11) : nf4_threshold(3);
+  const float t1_low = x > t2 ? nf4_threshold(5) : nf4_threshold(1);
+  const float t1_high = x > t2 ? nf4_threshold(13) : nf4_threshold(9);
+  const float t1 = x > t3 ? t1_high : t1_low;
+  const float t0_00 = x > t1 ? nf4_threshold(2) : nf4_threshold(0);
+  const float t0_01 = x > t1 ? nf4_threshold(6) : nf4_threshold(4);
+  const float t0_10 = x > t1 ? nf4_threshold(10) : nf4_threshold(8);
+  const float t0_11 = x > t1 ? nf4_threshold(14) : nf4_threshold(12);
+  const float t0_low = x > t2 ? t0_01 : t0_00;
+  const float t0_high = x > t2 ? t0_11 : t0_10;
+  const float t0 = x > t3 ? t0_high : t0_low;
+  return (x > t3 ? 8u : 0u) + (x > t2 ? 4u : 0u) + (x > t1 ? 2u : 0u) + (x > t0 ? 1u : 0u);
 }
 
 // Stochastic rounding to one of the two neighbouring codes, the upper one with probability (x - low) / (high - low):
-// unbiased between them. `uniform` is in [0, 1). Bisection over the table; as above, no memory is read.
+// unbiased between them. `uniform` is in [0, 1). A bisection over the table, in the same style.
 USAF_HD uint32_t nf4_encode_stochastic(float normalized, float uniform) {
   const float x = normalized > 1.0f ? 1.0f : normalized;  // w * (1 / absmax) may round to just above 1
-  const bool b3 = x >= nf4_value(8);
-  float t = b3 ? nf4_value(12) : nf4_value(4);
-  float low = b3 ? nf4_value(8) : nf4_value(0), high = b3 ? nf4_value(15) : nf4_value(8);
-  const bool b2 = x >= t;
-  low = b2 ? t : low;
-  high = b2 ? high : t;
-  t = b3 ? (b2 ? nf4_value(14) : nf4_value(10)) : (b2 ? nf4_value(6) : nf4_value(2));
-  const bool b1 = x >= t;
-  low = b1 ? t : low;
-  high = b1 ? high : t;
-  const float t_high = b2 ? (b1 ? nf4_value(15) : nf4_value(13)) : (b1 ? nf4_value(11) : nf4_value(9));
-  const float t_low = b2 ? (b1 ? nf4_value(7) : nf4_value(5)) : (b1 ? nf4_value(3) : nf4_value(1));
-  t = b3 ? t_high : t_low;
-  const bool b0 = x >= t;
-  low = b0 ? t : low;
-  high = b0 ? high : t;
-  const uint32_t code = (uint32_t{b3} << 3) | (uint32_t{b2} << 2) | (uint32_t{b1} << 1) | uint32_t{b0};
-  // At code 15 low == high and nothing is above.
-  return code + uint32_t{x - low > uniform * (high - low)};
+  const float t3 = nf4_value(8);
+  const float t2 = x >= t3 ? nf4_value(12) : nf4_value(4);
+  const float t1_low = x >= t2 ? nf4_value(6) : nf4_value(2);
+  const float t1_high = x >= t2 ? nf4_value(14) : nf4_value(10);
+  const float t1 = x >= t3 ? t1_high : t1_low;
+  const float t0_00 = x >= t1 ? nf4_value(3) : nf4_value(1);
+  const float t0_01 = x >= t1 ? nf4_value(7) : nf4_value(5);
+  const float t0_10 = x >= t1 ? nf4_value(11) : nf4_value(9);
+  const float t0_11 = x >= t1 ? nf4_value(15) : nf4_value(13);
+  const float t0_low = x >= t2 ? t0_01 : t0_00;
+  const float t0_high = x >= t2 ? t0_11 : t0_10;
+  const float t0 = x >= t3 ? t0_high : t0_low;
+  // The largest bound passed and the smallest one missed are the neighbours. At code 15 both are 1: nothing is above.
+  float low = x >= t3 ? t3 : nf4_value(0), high = x >= t3 ? nf4_value(15) : t3;
+  low = x >= t2 ? t2 : low;
+  high = x >= t2 ? high : t2;
+  low = x >= t1 ? t1 : low;
+  high = x >= t1 ? high : t1;
+  low = x >= t0 ? t0 : low;
+  high = x >= t0 ? high : t0;
+  const uint32_t code = (x >= t3 ? 8u : 0u) + (x >= t2 ? 4u : 0u) + (x >= t1 ? 2u : 0u) + (x >= t0 ? 1u : 0u);
+  return code + (x - low > uniform * (high - low) ? 1u : 0u);
 }
 
 }  // namespace usaf

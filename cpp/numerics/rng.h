@@ -37,6 +37,8 @@ USAF_HD Random4 random_group(uint64_t seed, int32_t step, uint64_t group) {
 }
 
 // 24 random bits as a float in [0, 1).
-USAF_HD float to_uniform(uint32_t random) { return static_cast<float>(random >> 8) * (1.0f / 16777216.0f); }
+USAF_HD float to_uniform(uint32_t random) {
+  return static_cast<float>(static_cast<int32_t>(random >> 8)) * (1.0f / 16777216.0f);
+}
 
 }  // namespace usaf

@@ -286,6 +286,14 @@ class ModelSource:
                             f"expected {first[0].dtype} {list(shape)}"
                         )
 
+    def checkpoint_key(self, parameter: str) -> str:
+        """The key under which the checkpoint holds a model's parameter. StoreError when it has none."""
+        for old, new in (("", ""), *self.layout.module_renames):
+            key = parameter.replace(new, old) if new else parameter
+            if key in self.tensors:
+                return key
+        raise StoreError(f"{self.path}: no tensor for the parameter {parameter!r}")
+
     @property
     def num_layers(self) -> int:
         return len(self.layer_names)

@@ -83,9 +83,7 @@ def causal_lm_loss(
     """
     labels = input_ids if labels is None else labels
     if input_ids.dim() != 2 or labels.shape != input_ids.shape:
-        raise ValueError(
-            f"input_ids and labels must be [B, T], got {tuple(input_ids.shape)} and {tuple(labels.shape)}"
-        )
+        raise ValueError(f"input_ids and labels must be [B, T], got {tuple(input_ids.shape)} and {tuple(labels.shape)}")
     if input_ids.shape[1] < 2:
         raise ValueError("input_ids must hold at least 2 tokens a row: the first has nothing before it")
     targets = labels[:, 1:].reshape(-1)

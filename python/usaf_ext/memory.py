@@ -31,29 +31,41 @@ class ExpertMemory:
     def __init__(self, store: ExpertStore, device_budget: int | str = "auto", dtype: torch.dtype = torch.float32):
         if dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
-        page_bytes = store.layout.page_bytes
-        scratch_bytes = self._scratch_bytes(store, dtype)
-        num_pages = store.num_layers * store.num_experts
-        if device_budget == "auto":
-            num_slots = max(_MIN_SLOTS, min(num_pages, 2 * store.num_experts))
-        else:
-            budget = parse_size(device_budget, "device_budget")
-            num_slots = min((budget - scratch_bytes - _SLAB_ALIGN) // page_bytes, num_pages)
-            if num_slots < _MIN_SLOTS:
-                smallest = self.smallest_budget(store, dtype)
-                raise BudgetError(
-                    f"device_budget: {budget} bytes are too few; the smallest that works for this model is {smallest} "
-                    f"({format_size(smallest)}): {_MIN_SLOTS} pages of {page_bytes} and {scratch_bytes} of scratch"
-                )
+        num_slots = self.slots_for(store, device_budget, dtype)
         self.store = store
         self.dtype = dtype
         self.num_slots = num_slots
-        self._slab = torch.empty(num_slots * page_bytes + _SLAB_ALIGN, dtype=torch.uint8)
-        self._scratch = torch.empty(scratch_bytes, dtype=torch.uint8)
-        self.device_budget = self.device_bytes if device_budget == "auto" else budget
+        self._slab = torch.empty(num_slots * store.layout.page_bytes + _SLAB_ALIGN, dtype=torch.uint8)
+        self._scratch = torch.empty(self._scratch_bytes(store, dtype), dtype=torch.uint8)
+        self.device_budget = self.device_bytes if device_budget == "auto" else parse_size(device_budget)
         first_slot = -(-self._slab.data_ptr() // _SLAB_ALIGN) * _SLAB_ALIGN
         self.pager = _C.ExpertPager(store.native, first_slot, num_slots)
         self.sweep = _C.ExpertSweep(self.pager)
+
+    @classmethod
+    def slots_for(cls, store: ExpertStore, device_budget: int | str, dtype: torch.dtype) -> int:
+        """Page slots that `device_budget` affords. The store need not be filled or sealed yet.
+
+        Raises:
+            TypeError, ValueError: an unsupported dtype, a budget that is no size.
+            BudgetError: the budget is too small.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+        page_bytes = store.layout.page_bytes
+        scratch_bytes = cls._scratch_bytes(store, dtype)
+        num_pages = store.num_layers * store.num_experts
+        if device_budget == "auto":
+            return max(_MIN_SLOTS, min(num_pages, 2 * store.num_experts))
+        budget = parse_size(device_budget, "device_budget")
+        num_slots = min((budget - scratch_bytes - _SLAB_ALIGN) // page_bytes, num_pages)
+        if num_slots < _MIN_SLOTS:
+            smallest = cls.smallest_budget(store, dtype)
+            raise BudgetError(
+                f"device_budget: {budget} bytes are too few; the smallest that works for this model is {smallest} "
+                f"({format_size(smallest)}): {_MIN_SLOTS} pages of {page_bytes} and {scratch_bytes} of scratch"
+            )
+        return num_slots
 
     @staticmethod
     def _scratch_bytes(store: ExpertStore, dtype: torch.dtype) -> int:

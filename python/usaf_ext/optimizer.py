@@ -80,7 +80,9 @@ class MaskedAdam(torch.optim.Optimizer):
     def num_parameters(self) -> int:
         """Trained weights: bank rows and router weights."""
         rows = sum(layer.bank.num_parameters for layer in self._layers.values() if layer.bank is not None)
-        return rows + sum(p.numel() for group in self.param_groups if group["name"] == "router" for p in group["params"])
+        return rows + sum(
+            p.numel() for group in self.param_groups if group["name"] == "router" for p in group["params"]
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

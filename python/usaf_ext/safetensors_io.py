@@ -103,8 +103,11 @@ def write_safetensors(
     tensors: dict[str, tuple[str, tuple[int, ...]]],
     chunks: Iterable[bytes | memoryview],
     metadata: dict[str, str] | None = None,
+    align: int = 8,
 ) -> None:
     """Write a header for `tensors` (key -> (safetensors dtype, shape), in data order), then `chunks` as their data.
+
+    The header is padded so that the data starts at a multiple of `align` bytes.
 
     Raises StoreError when the chunks do not add up to the tensors' size.
     """
@@ -115,7 +118,7 @@ def write_safetensors(
         end += math.prod(shape) * SAFETENSORS_DTYPES[dtype][1]
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % align)
     file.write(struct.pack("<Q", len(raw)) + raw)
     written = sum(file.write(chunk) for chunk in chunks)
     if written != end:

@@ -1,0 +1,138 @@
+"""TrainConfig: the settings of a run, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from .bank import BANK_MODES, MASTER_DTYPES
+from .router import ROUTER_MODES
+from .selection import SELECTION_SCOPES
+
+LR_SCHEDULES = ("cosine", "constant")
+
+# What may differ when a run is resumed: nothing that changes its numbers.
+_FREE_ON_RESUME = ("checkpoint_every", "evaluate_every")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `train`. Raises TypeError or ValueError naming the field that is wrong.
+
+    A step is gradient_accumulation_steps micro-batches of batch_size sequences of seq_len tokens.
+
+    Attributes:
+        density: share of all expert neurons to train, chosen from importance_batches batches, over the whole model or
+            per layer (selection_scope).
+        router: "frozen", or "topk": trained in fp32. Its first router_warmup_steps steps train it alone.
+        aux_loss_coef: weight of the load-balancing loss while the router is trained.
+        lr_warmup_steps, lr_schedule: linear rise, then "cosine" (to 0 at the last step) or "constant". The experts'
+            schedule starts after the router's warm-up.
+        max_grad_norm: clip by the global norm over expert rows and routers; None for no clipping.
+        mode: "master" or "in_place"; master_dtype: "bfloat16" or "float32".
+        optimizer: "masked_adam", or None: everything runs and nothing is updated (the control).
+        checkpoint_every, evaluate_every: steps; 0 means at the end only (evaluation: and at step 0, always).
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    seq_len: int = 256
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    router_learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    density: float = 0.005
+    importance_batches: int = 4
+    selection_scope: str = "model"
+    router: str = "frozen"
+    router_warmup_steps: int = 0
+    aux_loss_coef: float = 1e-3
+    lr_schedule: str = "cosine"
+    lr_warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0
+    mode: str = "master"
+    master_dtype: str = "bfloat16"
+    optimizer: str | None = "masked_adam"
+    seed: int = 0
+    checkpoint_every: int = 0
+    evaluate_every: int = 0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "importance_batches"):
+            self._check_int(name, 1)
+        for name in ("router_warmup_steps", "lr_warmup_steps", "checkpoint_every", "evaluate_every", "seed"):
+            self._check_int(name, 0)
+        self._check_int("seq_len", 2)
+        for name in ("learning_rate", "router_learning_rate", "weight_decay", "aux_loss_coef"):
+            self._check_float(name, 0.0, exclusive=False)
+        self._check_float("density", 0.0, exclusive=True)
+        if self.density > 1:
+            raise ValueError(f"density: expected a number in (0, 1], got {self.density}")
+        if self.max_grad_norm is not None:
+            self._check_float("max_grad_norm", 0.0, exclusive=True)
+        choices: dict[str, tuple[str | None, ...]] = {
+            "selection_scope": SELECTION_SCOPES,
+            "router": ROUTER_MODES,
+            "lr_schedule": LR_SCHEDULES,
+            "mode": BANK_MODES,
+            "master_dtype": tuple(MASTER_DTYPES),
+            "optimizer": ("masked_adam", None),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        if self.router_warmup_steps and self.router == "frozen":
+            raise ValueError("router_warmup_steps: a frozen router cannot warm up; set router to 'topk'")
+        if self.router_warmup_steps >= self.steps:
+            raise ValueError(
+                f"router_warmup_steps: expected fewer than steps = {self.steps}, or no expert would be trained; "
+                f"got {self.router_warmup_steps}"
+            )
+
+    def _check_int(self, name: str, smallest: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if value < smallest:
+            raise ValueError(f"{name}: expected at least {smallest}, got {value}")
+
+    def _check_float(self, name: str, bound: float, *, exclusive: bool) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not math.isfinite(value) or value < bound or (exclusive and value == bound):
+            raise ValueError(f"{name}: expected a finite number {'>' if exclusive else '>='} {bound}, got {value}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check_resumes(self, saved: dict[str, Any]) -> None:
+        """Raise ValueError unless this config continues the run that was started with `saved`."""
+        mine = self.to_json()
+        changed = [
+            f"{name} (was {saved.get(name)!r}, now {mine.get(name)!r})"
+            for name in sorted(set(saved) | set(mine))
+            if name not in _FREE_ON_RESUME and saved.get(name) != mine.get(name)
+        ]
+        if changed:
+            raise ValueError(f"config: a run is resumed with the settings it began with; changed: {', '.join(changed)}")
+
+    def rate(self, step: int, first_step: int) -> float:
+        """Factor of the learning rate at `step` (from 0), for a schedule that begins at `first_step`."""
+        position, length = step - first_step, self.steps - first_step
+        if position < self.lr_warmup_steps:
+            return max(0.0, (position + 1) / (self.lr_warmup_steps + 1))
+        if self.lr_schedule == "constant":
+            return 1.0
+        progress = (position - self.lr_warmup_steps) / max(1, length - self.lr_warmup_steps)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        """The schedule over MaskedAdam's groups: routers from the first step, experts after the router's warm-up."""
+        firsts = [self.router_warmup_steps if group["name"] == "experts" else 0 for group in optimizer.param_groups]
+        return LambdaLR(optimizer, [lambda step, first=first: self.rate(step, first) for first in firsts])

@@ -1,0 +1,380 @@
+"""The training loop: evaluate, choose neurons, warm the router up, train, and go on after a stop, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .bank import MASTER_DTYPES, RowBank
+from .data import BatchOrder
+from .delta import apply_delta, delta_of
+from .errors import StoreError, UsafError
+from .evaluation import evaluate
+from .experts import expert_memory, expert_store, paged_layers
+from .interrupt import InterruptFlag
+from .loss import causal_lm_loss
+from .optimizer import MaskedAdam
+from .plots import plot_expert_load, plot_loss
+from .router import CollapsedLayer, LoadTracker, check_balanceable, load_balancing_loss, record_routers, train_routers
+from .run_folder import Checkpoint, RunFolder, rng_states, set_rng_states
+from .selection import attach, compute_importance, select_neurons
+from .train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from .checkpoint_source import ModelSource
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_CHECK_STEPS = 10  # how often MaskedAdam.check_progress is asked
+
+
+class Sequences(Protocol):
+    """Training or evaluation data: item i is int64 [seq_len]."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run came to.
+
+    Attributes:
+        out_dir: the run folder. steps: optimizer steps. density: trained share of the expert neurons.
+        trained_parameters: weights the optimizer updates (bank rows and routers); 0 for the control.
+        evaluations: name -> {step: mean next-token loss in nats}, step 0 being the untouched model.
+        tokens_per_second: over all steps of the log. load_entropy: per MoE layer over all steps, 1 is uniform.
+        collapsed: layers with dead or swamping experts over all steps.
+    """
+
+    out_dir: Path
+    steps: int
+    trained_parameters: int
+    density: float
+    evaluations: dict[str, dict[int, float]]
+    tokens_per_second: float
+    load_entropy: list[float]
+    collapsed: list[CollapsedLayer]
+
+
+def train(
+    model: nn.Module,
+    dataset: Sequences,
+    config: TrainConfig,
+    out_dir: str | os.PathLike,
+    *,
+    eval_datasets: Mapping[str, Sequences] | None = None,
+    resume: bool = False,
+    originals: ModelSource | None = None,
+    base: str | None = None,
+    callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+) -> TrainResult:
+    """Fine-tune the chosen expert neurons (and, with router "topk", the routers) of a model with paged experts.
+
+    Writes `out_dir` (see usaf_ext.run_folder), which must be new or empty, and plots loss.png and expert_load.png
+    there. Every parameter but anchors and trained routers is frozen; torch's global generator is seeded. Each
+    callback is called with a step's log record after it. On Ctrl-C or SIGTERM the step is finished, a checkpoint is
+    saved and KeyboardInterrupt is raised; a second one stops at once.
+
+    resume: continue the newest complete checkpoint of `out_dir` with the same bits as if never stopped; without any
+    checkpoint the run begins anew. config must be the run's, but for steps between checkpoints and evaluations.
+    originals: the original checkpoint for the masters; by default what the model's loader found.
+    base: path of the model for `run.json`; by default what it was loaded from.
+
+    Raises ValueError for data or settings that do not fit, StoreError for a damaged run or another base model,
+    UsafError when training stands still or its loss is not finite.
+    """
+    _check_data(dataset, config)
+    if originals is None:
+        originals = getattr(model, "usaf_originals", None)
+    run = _open_run(model, config, Path(out_dir), base, resume)
+    with InterruptFlag() as interrupt:
+        trainer = _Trainer(model, dataset, config, run, eval_datasets or {}, callbacks, interrupt)
+        checkpoint = run.latest_checkpoint() if resume else None
+        last = -1 if checkpoint is None else checkpoint.step
+        run.rewrite_log(lambda record: record["step"] <= last)
+        if checkpoint is None:
+            trainer.begin(originals)
+        else:
+            trainer.restore(checkpoint)
+        trainer.run_steps()
+    return trainer.finish()
+
+
+def _check_data(dataset: Sequences, config: TrainConfig) -> None:
+    if len(dataset) == 0:
+        raise ValueError("dataset: expected at least one sequence")
+    first = dataset[0]
+    if first.dtype != torch.int64 or tuple(first.shape) != (config.seq_len,):
+        raise ValueError(f"dataset: expected int64 [{config.seq_len}] items, got {first.dtype} {tuple(first.shape)}")
+
+
+def _open_run(model: nn.Module, config: TrainConfig, out_dir: Path, base: str | None, resume: bool) -> RunFolder:
+    fingerprint = expert_store(model).fingerprint
+    if not resume:
+        base = base or getattr(model, "name_or_path", None) or None
+        if base is not None and os.path.exists(base):
+            base = os.path.abspath(base)
+        return RunFolder.create(out_dir, config=config.to_json(), base=base, fingerprint=fingerprint)
+    if not RunFolder.is_run(out_dir):
+        raise ValueError(f"resume: {out_dir} holds no run (it has no run.json)")
+    run = RunFolder.open(out_dir)
+    if run.fingerprint != fingerprint:
+        raise StoreError(f"{out_dir} is a run of another base model ({run.base})")
+    config.check_resumes(run.config)
+    return run
+
+
+class _Trainer:
+    """One run in progress: the model's banks and routers, the optimizer, and what is logged."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Sequences,
+        config: TrainConfig,
+        run: RunFolder,
+        eval_datasets: Mapping[str, Sequences],
+        callbacks: Sequence[Callable[[dict[str, Any]], None]],
+        interrupt: InterruptFlag,
+    ) -> None:
+        self.model, self.dataset, self.config, self.run = model, dataset, config, run
+        self.eval_datasets, self.callbacks, self.interrupt = eval_datasets, callbacks, interrupt
+        self.layers = paged_layers(model)
+        self.device = self.layers[0].anchor.device
+        self.order = BatchOrder(len(dataset), config.batch_size, config.seed)
+        self.load = LoadTracker(len(self.layers), self.layers[0].num_experts, self.device)
+        self.step = 0
+        self.num_candidates = sum(layer.num_experts * layer.intermediate_size for layer in self.layers)
+        model.requires_grad_(False)
+        for layer in self.layers:
+            layer.anchor.requires_grad_(True)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    # Beginning
+
+    def begin(self, originals: ModelSource | None) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        for layer in self.layers:
+            layer.set_bank(None)
+        self.evaluate()  # before anything is touched
+        self.model.train()
+        importance = compute_importance(self.model, self._importance_batches())
+        selection = select_neurons(importance, config.density, config.selection_scope)
+        attach(
+            self.model,
+            selection,
+            originals=originals,
+            mode=config.mode,
+            master_dtype=MASTER_DTYPES[config.master_dtype],
+        )
+        self._prepare()
+        self._log({"event": "selection", "neurons": selection.num_neurons, "density": selection.density})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        apply_delta(self.model, checkpoint.delta)
+        self.model.train()
+        self._prepare()
+        if self.optimizer is not None and self.scheduler is not None:
+            if checkpoint.optimizer is None:
+                raise StoreError(f"{self.run.checkpoint_path(checkpoint.step)} has no optimizer state")
+            self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+        self.order.load_state_dict(checkpoint.state["order"])
+        self.load.counts.copy_(checkpoint.tensors["expert_load"])
+        self.load.num_tokens = checkpoint.state["load_tokens"]
+        self.step = checkpoint.step
+        set_rng_states(checkpoint.rng)
+        logger.info("resumed at step %d", self.step)
+
+    def _prepare(self) -> None:
+        """Routers, optimizer and schedule, once the banks are there."""
+        config = self.config
+        self.banks: list[RowBank | None] = [layer.bank for layer in self.layers]
+        self.routers: dict[str, nn.Module] = {}
+        if config.router == "topk":
+            self.routers = train_routers(self.model)
+            if config.aux_loss_coef > 0:
+                check_balanceable(self.routers)
+        # Built for the control too: it refuses a run that trains nothing.
+        optimizer = MaskedAdam(
+            self.model,
+            lr=config.learning_rate,
+            router_lr=config.router_learning_rate,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+        )
+        self.clipped = [p for group in optimizer.param_groups for p in group["params"]]
+        self.trained_parameters = 0 if config.optimizer is None else optimizer.num_parameters
+        self.optimizer = None if config.optimizer is None else optimizer
+        self.scheduler = None if config.optimizer is None else config.scheduler(optimizer)
+        self._clear_gradients = optimizer.zero_grad
+
+    def _importance_batches(self) -> Iterator[torch.Tensor]:
+        order = BatchOrder(len(self.dataset), self.config.batch_size, self.config.seed)
+        for _ in tqdm(range(self.config.importance_batches), desc="importance", disable=None):
+            if self.interrupt.set_by:
+                raise KeyboardInterrupt("stopped while measuring importance; nothing was trained yet")
+            yield self._batch(next(order))
+
+    def _batch(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self.dataset[i] for i in numbers]).to(self.device)
+
+    # Steps
+
+    def run_steps(self) -> None:
+        config = self.config
+        with tqdm(total=config.steps, initial=self.step, desc="training", unit="step", disable=None) as bar:
+            while self.step < config.steps:
+                record = self._one_step()
+                self._log(record)
+                bar.update()
+                bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_second']:.0f}")
+                done = self.step == config.steps
+                if done or (config.evaluate_every and self.step % config.evaluate_every == 0):
+                    self.evaluate()
+                if self.optimizer is not None and (done or self.step % _PROGRESS_CHECK_STEPS == 0):
+                    self.optimizer.check_progress()
+                if done or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                    self.save()
+                for callback in self.callbacks:
+                    callback(record)
+                if self.interrupt.set_by and not done:
+                    self._stop()
+
+    def _stop(self) -> None:
+        path = self.save()
+        message = f"stopped by {self.interrupt.set_by} after step {self.step}; saved {path}. Continue with resume=True"
+        logger.warning("%s (command line: usaf-ext train --out %s --resume)", message, self.run.path)
+        raise KeyboardInterrupt(message)
+
+    def _one_step(self) -> dict[str, Any]:
+        config = self.config
+        warming_up = self.step < config.router_warmup_steps
+        self._set_banks(not warming_up)
+        stats_before, start = expert_memory(self.model).stats(), time.perf_counter()
+        balance = bool(self.routers) and config.aux_loss_coef > 0
+        step_load = LoadTracker(*self.load.counts.shape, self.device)
+        num_targets = config.gradient_accumulation_steps * config.batch_size * (config.seq_len - 1)
+        loss_sum = torch.zeros((), device=self.device)
+        aux_sum = torch.zeros((), device=self.device)
+        for _ in range(config.gradient_accumulation_steps):
+            input_ids = self._batch(next(self.order))
+            with record_routers(self.routers if balance else {}) as routed:
+                total, _count = causal_lm_loss(self.model, input_ids)
+            for tracker in (step_load, self.load):
+                tracker.add([layer.token_counts for layer in self.layers], input_ids.numel())
+            loss = total / num_targets
+            loss_sum += loss.detach()
+            if balance:
+                aux = load_balancing_loss(routed.logits, routed.index) / config.gradient_accumulation_steps
+                aux_sum += aux.detach()
+                loss = loss + config.aux_loss_coef * aux
+            loss.backward()
+        with_gradient = [p for p in self.clipped if p.grad is not None]
+        max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(with_gradient, max_norm))
+        rates = {}
+        if self.optimizer is not None and self.scheduler is not None:
+            rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+            self.optimizer.step()
+            self.scheduler.step()
+        self._clear_gradients()
+        self.step += 1
+        seconds = time.perf_counter() - start
+        stats = expert_memory(self.model).stats()
+        if not math.isfinite(float(loss_sum)):
+            raise UsafError(f"the training loss of step {self.step} is {float(loss_sum)}")
+        record = {
+            "event": "step",
+            "step": self.step,
+            "phase": "router_warmup" if warming_up else "train",
+            "loss": float(loss_sum),
+            "learning_rate": 0.0 if warming_up else rates.get("experts", 0.0),
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens": config.gradient_accumulation_steps * config.batch_size * config.seq_len,
+            "seconds": seconds,
+            "load_entropy": step_load.entropy(),
+            **{name: stats[name] - stats_before[name] for name in stats},
+        }
+        record["tokens_per_second"] = record["tokens"] / seconds
+        if self.routers:
+            record["router_learning_rate"] = rates.get("router", 0.0)
+        if balance:
+            record["aux_loss"] = float(aux_sum)
+        return record
+
+    def _set_banks(self, on: bool) -> None:
+        """Banks out while only the router trains: no row gradients, no change. Their codes equal the pages' then."""
+        for layer, bank in zip(self.layers, self.banks):
+            wanted = bank if on else None
+            if layer.bank is not wanted:
+                layer.set_bank(wanted)
+
+    # What is written
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.run.log({"step": self.step, **record})
+
+    def evaluate(self) -> None:
+        for name, dataset in self.eval_datasets.items():
+            loss = evaluate(self.model, dataset, self.config.batch_size)
+            self._log({"event": "evaluation", "name": name, "loss": loss})
+            logger.info("step %d: loss on %s is %.4f", self.step, name, loss)
+
+    def save(self) -> Path:
+        self._set_banks(True)
+        state: dict[str, Any] = {"order": self.order.state_dict(), "load_tokens": self.load.num_tokens}
+        optimizer = None
+        if self.optimizer is not None and self.scheduler is not None:
+            optimizer, state["scheduler"] = self.optimizer.state_dict(), self.scheduler.state_dict()
+        return self.run.save_checkpoint(
+            Checkpoint(
+                self.step, delta_of(self.model), optimizer, state, {"expert_load": self.load.counts}, rng_states()
+            )
+        )
+
+    def finish(self) -> TrainResult:
+        records = self.run.log_records()
+        steps = [record for record in records if record["event"] == "step"]
+        evaluations: dict[str, dict[int, float]] = {}
+        for record in records:
+            if record["event"] == "evaluation":
+                evaluations.setdefault(record["name"], {})[record["step"]] = record["loss"]
+        plot_loss(
+            self.run.path / "loss.png",
+            [record["step"] for record in steps],
+            [record["loss"] for record in steps],
+            {name: (list(losses), list(losses.values())) for name, losses in evaluations.items()},
+        )
+        plot_expert_load(self.run.path / "expert_load.png", self.load.share())
+        collapsed = self.load.collapsed()
+        for layer in collapsed:
+            logger.warning(
+                "MoE layer %d: %d experts got next to no tokens, %d most of them",
+                layer.layer,
+                len(layer.dead),
+                len(layer.swamping),
+            )
+        return TrainResult(
+            out_dir=self.run.path,
+            steps=self.step,
+            trained_parameters=self.trained_parameters,
+            density=sum(bank.num_neurons for bank in self.banks if bank is not None) / self.num_candidates,
+            evaluations=evaluations,
+            tokens_per_second=sum(r["tokens"] for r in steps) / sum(r["seconds"] for r in steps),
+            load_entropy=self.load.entropy(),
+            collapsed=collapsed,
+        )
