@@ -121,6 +121,21 @@ def test_a_stream_waits_for_the_record_of_its_time(device):
     device.synchronize(event)
 
 
+def test_a_later_record_elsewhere_does_not_end_an_earlier_wait(device):
+    slow, quick, waiting = (device.create_stream() for _ in range(3))
+    event, done = device.create_event(), device.create_event()
+    source, middle, target = buffer(BIG, 8), buffer(BIG), buffer(16)
+    device.copy(middle, source, BIG, slow)
+    device.record(event, slow)
+    device.stream_wait(waiting, event)
+    device.record(event, quick)
+    device.record(event, None)
+    device.copy(target, ctypes.byref(middle, BIG - 16), 16, waiting)
+    device.record(done, waiting)
+    device.synchronize(done)
+    assert target.raw == b"\x08" * 16
+
+
 def test_a_failure_is_kept_for_whoever_waits(device):
     stream, other = device.create_stream(), device.create_stream()
     event, later, clean = (device.create_event() for _ in range(3))

@@ -1,6 +1,7 @@
 // A device with no time of its own, for tests: work queues on its streams and runs only when somebody waits for it or
 // the test says so, in any order that the streams and events allow. What a wait was forgotten for is read too early.
 #pragma once
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -34,22 +35,19 @@ class LazyDevice final : public Device {
   }
 
   void record(Event event, Stream stream) override {
-    auto* target = static_cast<LazyEvent*>(event);
-    target->stream = static_cast<LazyStream*>(stream);
-    const int64_t generation = ++target->recorded;
-    push(stream, {[=] { target->completed = generation; }});
+    const auto record = std::make_shared<Record>(Record{static_cast<LazyStream*>(stream)});
+    static_cast<LazyEvent*>(event)->latest = record;
+    push(stream, {[=] { record->done = true; }});
   }
   void stream_wait(Stream stream, Event event) override {
-    auto* target = static_cast<LazyEvent*>(event);
-    push(stream, {[] {}, target, target->recorded});
+    push(stream, {[] {}, static_cast<LazyEvent*>(event)->latest});
   }
   bool query(Event event) override {
-    auto* target = static_cast<LazyEvent*>(event);
-    return target->completed >= target->recorded;
+    const auto& record = static_cast<LazyEvent*>(event)->latest;
+    return record == nullptr || record->done;
   }
   void synchronize(Event event) override {
-    auto* target = static_cast<LazyEvent*>(event);
-    while (!query(event)) advance(*target->stream);
+    while (!query(event)) advance(*static_cast<LazyEvent*>(event)->latest->stream);
   }
   void copy_async(void* dst, const void* src, int64_t bytes, Stream stream) override {
     push(stream, {[=] { std::memcpy(dst, src, static_cast<size_t>(bytes)); }});
@@ -83,15 +81,17 @@ class LazyDevice final : public Device {
 
  private:
   struct LazyStream;
+  struct Record {
+    LazyStream* stream;
+    bool done = false;
+  };
   struct LazyEvent {
-    LazyStream* stream = nullptr;
-    int64_t recorded = 0, completed = 0;
+    std::shared_ptr<Record> latest = nullptr;  // null: never recorded
   };
   struct Operation {
     std::function<void()> work;
-    LazyEvent* event = nullptr;  // waits for this generation of it
-    int64_t generation = 0;
-    bool ready() const { return event == nullptr || event->completed >= generation; }
+    std::shared_ptr<Record> awaited = nullptr;
+    bool ready() const { return awaited == nullptr || awaited->done; }
   };
   struct LazyStream {
     std::deque<Operation> operations;
@@ -105,7 +105,7 @@ class LazyDevice final : public Device {
   // Run the stream's first operation, and before it what it waits for.
   void advance(LazyStream& stream) {
     if (stream.operations.empty()) throw DeviceError("lazy: nothing queued would complete the event");
-    while (!stream.operations.front().ready()) advance(*stream.operations.front().event->stream);
+    while (!stream.operations.front().ready()) advance(*stream.operations.front().awaited->stream);
     const Operation operation = std::move(stream.operations.front());
     stream.operations.pop_front();
     operation.work();
