@@ -20,9 +20,8 @@ from .data import PackedDataset
 from .evaluation import evaluate
 from .experts import expert_memory, paged_layers
 from .export import export
-from .loading import load_model
+from .loading import LoadedModel, load_model
 from .router import trained_routers
-from .run_folder import RunFolder
 from .sizes import format_size
 from .store import ExpertStore
 from .train_config import TrainConfig
@@ -60,9 +59,15 @@ def texts(tokenizer) -> dict[str, PackedDataset]:
     }
 
 
-def _run(
+def expert_payload_bytes(store: ExpertStore) -> int:
+    """Bytes of all experts' codes and scales, without the rounding of pages."""
+    return store.num_layers * store.num_experts * store.layout.payload_bytes
+
+
+def run_once(
     store: Path, budget: int, dtype: torch.dtype, config: TrainConfig, data: dict[str, PackedDataset], out: Path
-) -> tuple[Any, TrainResult]:
+) -> tuple[LoadedModel, TrainResult]:
+    """Load the store and train with `config` into the run folder `out`, evaluating both held-out texts."""
     loaded = load_model(store, device_budget=budget, dtype=dtype, originals=MODEL)
     heldout = {name: data[name] for name in ("new", "old")}
     result = train(
@@ -114,19 +119,18 @@ def demo(arguments: argparse.Namespace) -> int:
     source = ModelSource.open(MODEL)
     store = ExpertStore.quantize(source, "nf4")
     store.save(out / "store", source)
-    pages = store.num_layers * store.num_experts
-    expert_bytes = pages * store.layout.payload_bytes
+    pages, expert_bytes = store.num_layers * store.num_experts, expert_payload_bytes(store)
     del store
     budget = expert_bytes // 4
     data = texts(AutoTokenizer.from_pretrained(MODEL))
     print(f"store {out / 'store'}: {pages} experts, {format_size(expert_bytes)} in NF4; device budget {budget} bytes")
 
     print("control run: everything runs, nothing is updated")
-    _, control = _run(out / "store", budget, dtype, replace(config, optimizer=None), data, out / "control")
+    _, control = run_once(out / "store", budget, dtype, replace(config, optimizer=None), data, out / "control")
     shutil.rmtree(out / "control")
     gc.collect()
     print("main run")
-    loaded, result = _run(out / "store", budget, dtype, config, data, out / "run")
+    loaded, result = run_once(out / "store", budget, dtype, config, data, out / "run")
     memory, layers = expert_memory(loaded.model), paged_layers(loaded.model)
 
     print("exports, each loaded in plain transformers")

@@ -43,7 +43,7 @@ def chunked_cross_entropy(
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    total = torch.zeros((), dtype=torch.float32, device=rows.device)
+    total = rows[:0].float().sum()  # zero, and part of the graph even without rows
     for start in range(0, len(rows), chunk_tokens):
         part, target = rows[start : start + chunk_tokens], labels[start : start + chunk_tokens]
         if torch.is_grad_enabled():

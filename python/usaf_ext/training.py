@@ -160,7 +160,9 @@ class _Trainer:
         for layer in self.layers:
             layer.anchor.requires_grad_(True)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers renames it. Reentrant checkpointing would drop the load-balancing loss's gradient.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     # Beginning
 
