@@ -19,7 +19,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRowsInFlight = 4;
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int64_t kMaxGridX = 2147483647, kMaxGridY = 65535;
+constexpr int64_t kMaxGridX = 2147483647;
 
 template <class T>
 constexpr int kPack = 16 / sizeof(T);  // weights in one 16-byte access

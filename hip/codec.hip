@@ -20,7 +20,7 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kMinThreads = 64;  // a whole wave on every chip
 constexpr int kRows = 4;         // rows of a workgroup, all in flight
-constexpr int64_t kMaxGridX = (int64_t{1} << 32) / kMaxThreads - 1, kMaxGridY = 65535;
+constexpr int64_t kMaxGridX = (int64_t{1} << 32) / kMaxThreads - 1;  // a grid has under 2^32 threads
 
 template <class T>
 struct Layout {

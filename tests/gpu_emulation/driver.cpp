@@ -9,7 +9,7 @@
 
 namespace {
 
-thread_local std::string message;
+std::string message;
 
 // 0, or 1 with `message` set to what was thrown.
 template <class Body>

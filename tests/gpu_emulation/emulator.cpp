@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include <link.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -14,12 +15,6 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
-
-// Bounds of the section that holds all __shared__ variables; null where a program has none.
-extern "C" {
-extern char __start_emulated_shared[] __attribute__((weak));
-extern char __stop_emulated_shared[] __attribute__((weak));
-}
 
 namespace emulator {
 namespace {
@@ -56,7 +51,9 @@ struct Device {
   void* scheduler_fake_stack = nullptr;
   int warp = 32, num_threads = 0, last_error = 0;
 };
-thread_local Device device;
+Device device;
+
+thread_local char shared_anchor;  // lies among the shared variables
 
 // AddressSanitizer has to be told of every stack switch.
 void before_switch([[maybe_unused]] void** save, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
@@ -172,8 +169,22 @@ bool close_collectives() {
                            std::to_string(device.num_threads) + " threads");
 }
 
+// __shared__ variables are this library's thread-local ones (emulator.h): its TLS segment holds them and the anchor.
+int fill_if_shared(dl_phdr_info* library, size_t, void*) {
+  char* segment = static_cast<char*>(library->dlpi_tls_data);
+  for (int i = 0; segment != nullptr && i < library->dlpi_phnum; ++i) {
+    if (library->dlpi_phdr[i].p_type != PT_TLS) continue;
+    char* end = segment + library->dlpi_phdr[i].p_memsz;
+    if (&shared_anchor < segment || &shared_anchor >= end) continue;
+    std::fill(segment, end, '\xff');
+    return 1;
+  }
+  return 0;
+}
+
 void run_block() {
-  std::fill(__start_emulated_shared, __stop_emulated_shared, '\xff');
+  shared_anchor = 0;  // makes sure that the segment exists
+  if (dl_iterate_phdr(fill_if_shared, nullptr) == 0) throw std::logic_error("the shared variables are not found");
   start_fibers();
   for (;;) {
     for (const int i : device.order) {

@@ -103,8 +103,9 @@ inline uint64_t ballot(uint64_t mask, bool predicate, Site site) {
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// One block at a time: its shared memory is static memory, in a section of its own that is filled between blocks.
-#define __shared__ static __attribute__((section("emulated_shared")))
+// One block at a time, all on one OS thread: thread-local variables are shared memory, and lie together in one segment
+// that the emulator fills between blocks. (A section of their own would do, but g++ 12 ignores it in templates.)
+#define __shared__ static thread_local
 #define threadIdx (emulator::position().thread)
 #define blockIdx (emulator::position().block_index)
 #define blockDim (emulator::position().block)
