@@ -42,7 +42,15 @@ def test_rows_are_the_stores_and_masters_the_originals(tiny_checkpoint, format, 
     assert (bank.num_neurons, bank.num_parameters) == (4, 4 * 3 * 72)
     assert bank.nbytes == sum(
         t.numel() * t.element_size()
-        for t in (bank.codes, bank.absmax, bank.master, bank.grad, bank.neuron_expert, bank.neuron_index, bank.expert_hit)
+        for t in (
+            bank.codes,
+            bank.absmax,
+            bank.master,
+            bank.grad,
+            bank.neuron_expert,
+            bank.neuron_index,
+            bank.expert_hit,
+        )
     )
 
 

@@ -73,7 +73,12 @@ def test_readable_with_safetensors_alone(model, path):
     assert torch.equal(tensors["model.layers.0.mlp.gate.weight"], model.model.layers[0].mlp.gate.weight)
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["usaf"])
-    assert (header["format_version"], header["kind"], header["format"], header["mode"]) == (1, "usaf_delta", "nf4", "master")
+    assert (header["format_version"], header["kind"], header["format"], header["mode"]) == (
+        1,
+        "usaf_delta",
+        "nf4",
+        "master",
+    )
     assert header["fingerprint"] == expert_store(model).fingerprint
 
 

@@ -61,7 +61,11 @@ def tokens(count, length=24, seed=0, vocabulary=260):
 def bank_state(model):
     """Copies of every bank tensor that training may change."""
     return [
-        {name: getattr(layer.bank, name).clone() for name in ("codes", "absmax", "master") if getattr(layer.bank, name) is not None}
+        {
+            name: getattr(layer.bank, name).clone()
+            for name in ("codes", "absmax", "master")
+            if getattr(layer.bank, name) is not None
+        }
         for layer in paged_layers(model)
         if layer.bank is not None
     ]

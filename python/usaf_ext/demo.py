@@ -134,7 +134,10 @@ def demo(arguments: argparse.Namespace) -> int:
     memory, layers = expert_memory(loaded.model), paged_layers(loaded.model)
 
     print("exports, each loaded in plain transformers")
-    routers = {f"{name}.weight": router.weight.detach() for name, router in trained_routers(loaded.model).items()}
+    routers = {
+        f"{name}.weight": router.get_parameter("weight").detach()
+        for name, router in trained_routers(loaded.model).items()
+    }
     exported = {}
     for base in ("original", "dequantized"):
         folder = out / f"export-{base}"

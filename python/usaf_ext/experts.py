@@ -185,7 +185,8 @@ def paged_layers(model: nn.Module) -> list[PagedLayer]:
     Raises:
         ValueError: the model has none.
     """
-    layers = [module.usaf_layer for module in model.modules() if hasattr(module, "usaf_layer")]
+    found = (getattr(module, "usaf_layer", None) for module in model.modules())
+    layers = [layer for layer in found if isinstance(layer, PagedLayer)]
     if not layers:
         raise ValueError("model: expected one with paged experts (load it with quantization_config=UsafConfig(...))")
     return sorted(layers, key=lambda layer: layer.index)

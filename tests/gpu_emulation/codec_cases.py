@@ -43,7 +43,20 @@ class Case:
 
 def cases() -> list[Case]:
     # Odd columns, short blocks, several thread blocks along a row, and more rows than one grid takes.
-    shapes = [(1, 1), (3, 2), (5, 7), (1, 63), (2, 64), (4, 65), (7, 100), (9, 129), (3, 1028), (1, 2056), (200, 31), (3, 0)]
+    shapes = [
+        (1, 1),
+        (3, 2),
+        (5, 7),
+        (1, 63),
+        (2, 64),
+        (4, 65),
+        (7, 100),
+        (9, 129),
+        (3, 1028),
+        (1, 2056),
+        (200, 31),
+        (3, 0),
+    ]
     found = []
     for (format, dtype), (rows, cols) in itertools.product(itertools.product(FORMATS, DTYPES), shapes):
         found.append(Case(format, dtype, rows, cols))
