@@ -10,12 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import make_checkpoint
 from trained_models import bank_state, banked_model, paged_model, same_bits, tokens
-
 from usaf_ext import StoreError, expert_store, paged_layers
 from usaf_ext.delta import apply_delta, delta_of, read_delta, write_delta
 from usaf_ext.loss import causal_lm_loss
 from usaf_ext.optimizer import MaskedAdam
 from usaf_ext.router import train_routers, trained_routers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(checkpoint, router=True, **options):
@@ -73,7 +74,12 @@ def test_readable_with_safetensors_alone(model, path):
     assert torch.equal(tensors["model.layers.0.mlp.gate.weight"], model.model.layers[0].mlp.gate.weight)
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["usaf"])
-    assert (header["format_version"], header["kind"], header["format"], header["mode"]) == (1, "usaf_delta", "nf4", "master")
+    assert (header["format_version"], header["kind"], header["format"], header["mode"]) == (
+        1,
+        "usaf_delta",
+        "nf4",
+        "master",
+    )
     assert header["fingerprint"] == expert_store(model).fingerprint
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from transformers import AutoModelForCausalLM
-
 from usaf_ext import UsafConfig, expert_store, paged_layers
 from usaf_ext.selection import Selection, attach
 
@@ -61,7 +60,11 @@ def tokens(count, length=24, seed=0, vocabulary=260):
 def bank_state(model):
     """Copies of every bank tensor that training may change."""
     return [
-        {name: getattr(layer.bank, name).clone() for name in ("codes", "absmax", "master") if getattr(layer.bank, name) is not None}
+        {
+            name: getattr(layer.bank, name).clone()
+            for name in ("codes", "absmax", "master")
+            if getattr(layer.bank, name) is not None
+        }
         for layer in paged_layers(model)
         if layer.bank is not None
     ]

@@ -1,8 +1,8 @@
 """The folder of a training run: run.json, log.jsonl, and checkpoints that are complete or not there.
 
-    run.json                      what was asked: config, base model, its fingerprint
-    log.jsonl                     one JSON object a line
-    checkpoint-000100/            delta.safetensors (what was learnt), optimizer.safetensors (moments), state.json
+run.json                      what was asked: config, base model, its fingerprint
+log.jsonl                     one JSON object a line
+checkpoint-000100/            delta.safetensors (what was learnt), optimizer.safetensors (moments), state.json
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class RunFolder:
         self.info = info
 
     @classmethod
-    def create(cls, path: str | Path, *, config: dict[str, Any], base: str | None, fingerprint: str | None) -> RunFolder:
+    def create(
+        cls, path: str | Path, *, config: dict[str, Any], base: str | None, fingerprint: str | None
+    ) -> RunFolder:
         """Start a run in `path`, which must be absent or empty (else FileExistsError).
 
         config: JSON values. base: path of the store or checkpoint, None for a model made in memory.
