@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <string>
 
 #include "errors.h"
@@ -12,7 +13,14 @@
   kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
 #endif
 
+// The limit of gridDim.y; the emulation tests lower it, so that kernels loop over the rest.
+#ifndef USAF_MAX_GRID_Y
+#define USAF_MAX_GRID_Y 65535
+#endif
+
 namespace usaf::gpu {
+
+inline constexpr int64_t kMaxGridY = USAF_MAX_GRID_Y;
 
 // `name` says in the message which kernel failed. Kernels take their arguments by value.
 template <class... Parameters, class... Arguments>

@@ -2,11 +2,19 @@
 #pragma once
 #include <hip/hip_runtime.h>
 
+#include <cstdint>
 #include <string>
 
 #include "errors.h"
 
+// The limit of gridDim.y; the emulation tests lower it, so that kernels loop over the rest.
+#ifndef USAF_MAX_GRID_Y
+#define USAF_MAX_GRID_Y 65535
+#endif
+
 namespace usaf::gpu {
+
+inline constexpr int64_t kMaxGridY = USAF_MAX_GRID_Y;
 
 // `name` says in the message which kernel failed. Kernels take their arguments by value.
 template <class... Parameters, class... Arguments>

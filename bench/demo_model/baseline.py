@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of 256 tokens per step")
     parser.add_argument("--warmup-steps", type=int, default=10, help="steps of linear warm-up")
-    parser.add_argument("--schedule", choices=["constant", "cosine"], default="cosine", help="after the warm-up")
+    parser.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up")
     parser.add_argument("--density", type=float, default=0.02, help="share of all neurons that `sparse` trains")
     parser.add_argument("--importance-batches", type=int, default=8, help="batches that the importance is summed over")
     parser.add_argument("--master-dtype", choices=["float32", "bfloat16"], default="float32", help="of `sparse`")

@@ -5,7 +5,7 @@
 #pragma once
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
-#define USAF_HD __host__ __device__ __forceinline__
+#define USAF_HD __host__ __device__ inline __attribute__((always_inline))
 #else
 #define USAF_HD inline
 #endif

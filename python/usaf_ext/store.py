@@ -1,13 +1,14 @@
 """ExpertStore: all experts of a model, quantised, one page per (layer, expert) in host memory; and its folder on disk.
 
-The folder: `usaf_store.json` (sizes, per-page crc32, where it came from), `experts-*.safetensors` (one U8 tensor per page,
-data at multiples of 4096), and, when it came from a checkpoint, that checkpoint's config, tokenizer and every non-expert
-tensor byte for byte under their own names, so that transformers opens the folder too. Written whole or not at all.
+The folder: `usaf_store.json` (sizes, per-page crc32, where it came from), `experts-*.safetensors` (one U8 tensor per
+page, data at multiples of 4096), and, when it came from a checkpoint, that checkpoint's config, tokenizer and every
+non-expert tensor byte for byte under their own names, so that transformers opens the folder too. Written whole or not
+at all.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import zlib
 from collections.abc import Iterator
@@ -17,42 +18,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from . import _C, ops
 from .atomic import atomic_directory
 from .errors import StoreError
 from .safetensors_io import read_safetensors_header, write_safetensors
+from .store_files import STORE_INDEX_NAME, check_files, copy_dense, file_crc, is_store, read_index, write_index
 
 if TYPE_CHECKING:
     from .checkpoint_source import ModelSource
 
-FORMAT_VERSION = 1
-STORE_INDEX_NAME = "usaf_store.json"
-_KIND = "usaf_store"
+logger = logging.getLogger(__name__)
+
 _SHARD_BYTES = 4 << 30
-_CHUNK_BYTES = 16 << 20
 _MATRICES = ("gate", "up", "down")
-
-
-def is_store(path: str | os.PathLike) -> bool:
-    """Is `path` the folder of a store?"""
-    return (Path(path) / STORE_INDEX_NAME).is_file()
 
 
 def _page_name(layer: int, expert: int) -> str:
     return f"layers.{layer}.experts.{expert}"
-
-
-def _index_crc(index: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps({k: v for k, v in index.items() if k != "crc32"}, sort_keys=True).encode())
-
-
-def _file_crc(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 class ExpertStore:
@@ -78,6 +62,8 @@ class ExpertStore:
         source_path: str | None = None,
         fingerprint: str | None = None,
     ):
+        if isinstance(layer_names, str) or not all(isinstance(name, str) for name in layer_names):
+            raise TypeError(f"layer_names: expected a list of texts, got {layer_names!r}")
         if not layer_names or len(set(layer_names)) != len(layer_names):
             raise ValueError(f"layer_names: expected at least one, all different, got {layer_names}")
         if num_experts < 1:
@@ -106,8 +92,8 @@ class ExpertStore:
         return cls(layer_names, num_experts, hidden_size, intermediate_size, format)
 
     @classmethod
-    def quantize(cls, source: ModelSource, format: str = "nf4", progress=None) -> ExpertStore:
-        """Quantise a checkpoint's experts, reading one at a time, and seal. `progress(done, total)` after each."""
+    def quantize(cls, source: ModelSource, format: str = "nf4") -> ExpertStore:
+        """Quantise a checkpoint's experts, reading one at a time, and seal. Shows a progress bar on a terminal."""
         store = cls(
             source.layer_names,
             source.num_experts,
@@ -117,12 +103,9 @@ class ExpertStore:
             source_path=str(Path(source.path).resolve()),
             fingerprint=source.fingerprint,
         )
-        total = store.num_layers * store.num_experts
-        for layer in range(store.num_layers):
-            for expert in range(store.num_experts):
-                store.write_expert(layer, expert, *source.expert(layer, expert))
-                if progress is not None:
-                    progress(layer * store.num_experts + expert + 1, total)
+        for layer, expert in tqdm(store._page_list(), f"Quantising experts to {format}", unit="expert", disable=None):
+            store.write_expert(layer, expert, *source.expert(layer, expert))
+        source.close()
         store.seal()
         return store
 
@@ -145,15 +128,23 @@ class ExpertStore:
             gate, up: [intermediate_size, hidden_size], any floating dtype. down: [hidden_size, intermediate_size].
 
         Raises:
-            ValueError: a wrong shape, or weights that are not finite (naming layer, expert and matrix).
+            TypeError: not a tensor of a floating dtype.
+            ValueError: a wrong shape, or weights that are not finite in fp32 (naming layer, expert and matrix).
             StoreError: the store is sealed, or layer or expert are out of range.
+            The page is as it was after each of these.
         """
+        if self.sealed:
+            raise StoreError("the store is sealed: its pages are read-only")
+        page = np.frombuffer(self.native.page(layer, expert), dtype=np.uint8)
         rows, cols = self.intermediate_size, self.hidden_size
         encoded = []
         for name, weight, shape in zip(_MATRICES, (gate, up, down), ((rows, cols), (rows, cols), (cols, rows))):
             where = f"{name} of layer {layer}, expert {expert}"
-            if tuple(weight.shape) != shape or not weight.is_floating_point():
-                raise ValueError(f"{where}: expected floating point {shape}, got {weight.dtype} {tuple(weight.shape)}")
+            if not isinstance(weight, Tensor) or not weight.is_floating_point():
+                found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+                raise TypeError(f"{where}: expected a tensor of a floating dtype, got {found}")
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"{where}: expected shape {shape}, got {tuple(weight.shape)}")
             if weight.dtype != torch.bfloat16:
                 weight = weight.float()
             weight = weight.detach().cpu()
@@ -161,9 +152,6 @@ class ExpertStore:
                 encoded.append(ops.quantize_blocks((weight.T if name == "down" else weight).contiguous(), self.format))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-        page = np.frombuffer(self.native.page(layer, expert), dtype=np.uint8)
-        if not page.flags.writeable:
-            raise StoreError("the store is sealed: its pages are read-only")
         for matrix, (codes, absmax) in enumerate(encoded):
             for start, part in ((self.layout.codes_offset, codes), (self.layout.absmax_offset, absmax)):
                 raw = part.contiguous().view(torch.uint8).numpy().reshape(-1)
@@ -183,8 +171,17 @@ class ExpertStore:
         return views[0], views[1]
 
     def rows(self, layer: int, expert: int, neurons: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes u8 [n, 3, code_bytes] and absmax f32 [n, 3, num_blocks] of some neurons: gate, up, down^T. Copies."""
-        picked = neurons.to("cpu", torch.int64).numpy()
+        """Codes u8 [n, 3, code_bytes] and absmax f32 [n, 3, num_blocks] of some neurons: gate, up, down^T. Copies.
+
+        Raises:
+            TypeError: `neurons` is not a tensor of int32 or int64 numbers in one dimension.
+            ValueError: one of them is no neuron of the expert.
+        """
+        if not isinstance(neurons, Tensor) or neurons.dtype not in (torch.int32, torch.int64) or neurons.dim() != 1:
+            raise TypeError("neurons: expected an int32 or int64 tensor of one dimension")
+        if neurons.numel() and not 0 <= int(neurons.min()) <= int(neurons.max()) < self.intermediate_size:
+            raise ValueError(f"neurons: expected numbers in [0, {self.intermediate_size})")
+        picked = neurons.cpu().numpy()
         parts = [self._matrix(layer, expert, matrix) for matrix in range(len(_MATRICES))]
         codes, absmax = (np.stack([part[which][picked] for part in parts], axis=1) for which in (0, 1))
         return torch.from_numpy(codes), torch.from_numpy(absmax)
@@ -203,6 +200,20 @@ class ExpertStore:
     def _page_list(self) -> list[tuple[int, int]]:
         return [(layer, expert) for layer in range(self.num_layers) for expert in range(self.num_experts)]
 
+    def _matrices(self) -> list[dict[str, Any]]:
+        """What stands in a page, for readers that know the safetensors file only."""
+        return [
+            {
+                "name": name,
+                "transposed": name == "down",
+                "format": self.format,
+                "block_axis": "hidden_size",
+                "codes_offset": self.layout.codes_offset[matrix],
+                "absmax_offset": self.layout.absmax_offset[matrix],
+            }
+            for matrix, name in enumerate(_MATRICES)
+        ]
+
     def save(
         self, path: str | os.PathLike, source: ModelSource | None = None, *, shard_bytes: int = _SHARD_BYTES
     ) -> None:
@@ -210,19 +221,21 @@ class ExpertStore:
 
         Args:
             source: the checkpoint it was quantised from: its config, tokenizer and non-expert tensors are copied.
+                Without it the folder holds experts only, and no model can be loaded from it.
             shard_bytes: largest size of one experts file.
 
         Raises:
             StoreError: not sealed yet, or `source` is not the checkpoint that this store came from.
-            FileExistsError: `path` is a file, or a folder that is no store and not empty.
+            FileExistsError: something that is no store stands at `path`.
         """
         target = Path(path)
         if not self.sealed:
             raise StoreError("the store is not sealed yet: fill every page, then seal()")
         if source is not None and source.fingerprint != self.fingerprint:
             raise StoreError(f"{source.path}: not the checkpoint that this store was quantised from")
-        if target.is_dir() and any(target.iterdir()) and not is_store(target):
-            raise FileExistsError(f"{target}: a folder that is not a store stands there; remove it or choose another")
+        self.check_target(target)
+        if source is None:
+            logger.warning("%s: saved without its checkpoint: experts only, no config, tokenizer or dense part", target)
         pages = self._page_list()
         per_shard = max(1, shard_bytes // self.layout.page_bytes)
         shards = [pages[i : i + per_shard] for i in range(0, len(pages), per_shard)]
@@ -231,39 +244,34 @@ class ExpertStore:
             checksums: dict[str, int] = {}
             for number, shard in enumerate(shards, start=1):
                 name = f"experts-{number:05d}-of-{len(shards):05d}.safetensors"
-                tensors = {_page_name(*page): ("U8", (self.layout.page_bytes,)) for page in shard}
+                tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+                    _page_name(*page): ("U8", (self.layout.page_bytes,)) for page in shard
+                }
                 with (folder / name).open("wb") as file:
                     write_safetensors(file, tensors, self._pages(shard, checksums), align=_C.PAGE_ALIGN)
                 files[name] = {"bytes": (folder / name).stat().st_size}
-            for name in _copy_dense(source, folder) if source is not None else ():
-                files[name] = {"bytes": (folder / name).stat().st_size, "crc32": _file_crc(folder / name)}
+            for name in copy_dense(source, folder) if source is not None else ():
+                files[name] = {"bytes": (folder / name).stat().st_size, "crc32": file_crc(folder / name)}
             index = {
-                "kind": _KIND,
-                "format_version": FORMAT_VERSION,
                 "format": self.format,
                 "layer_names": self.layer_names,
                 "num_experts": self.num_experts,
                 "hidden_size": self.hidden_size,
                 "intermediate_size": self.intermediate_size,
-                # per matrix of a page; a page imported from elsewhere may differ
-                "matrices": [
-                    {
-                        "name": name,
-                        "transposed": name == "down",
-                        "format": self.format,
-                        "block_axis": "hidden_size",
-                        "codes_offset": self.layout.codes_offset[matrix],
-                        "absmax_offset": self.layout.absmax_offset[matrix],
-                    }
-                    for matrix, name in enumerate(_MATRICES)
-                ],
+                "matrices": self._matrices(),
                 "page_bytes": self.layout.page_bytes,
                 "source": {"path": self.source_path, "fingerprint": self.fingerprint},
                 "files": files,
                 "page_crc32": checksums,
             }
-            index["crc32"] = _index_crc(index)
-            (folder / STORE_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+            write_index(folder, index)
+
+    @staticmethod
+    def check_target(path: str | os.PathLike) -> None:
+        """Raise FileExistsError if something that is no store stands at `path`: `save` would refuse it too."""
+        target = Path(path)
+        if target.exists() and not is_store(target) and not (target.is_dir() and not any(target.iterdir())):
+            raise FileExistsError(f"{target}: something that is no store stands there; remove it or name another place")
 
     def _pages(self, pages: list[tuple[int, int]], checksums: dict[str, int]) -> Iterator[memoryview]:
         for page in pages:
@@ -282,31 +290,29 @@ class ExpertStore:
             StoreError: missing, truncated, foreign, from a newer version, or altered; names the file.
         """
         folder = Path(path)
-        index = _read_index(folder)
-        for name, expected in index["files"].items():
-            file = folder / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != expected["bytes"]:
-                found = "it is missing" if size is None else f"it has {size}"
-                raise StoreError(f"{file}: expected {expected['bytes']} bytes, {found}")
-            if verify and "crc32" in expected and _file_crc(file) != expected["crc32"]:
-                raise StoreError(f"{file}: damaged: its crc32 does not match")
-        store = cls(
-            index["layer_names"],
-            index["num_experts"],
-            index["hidden_size"],
-            index["intermediate_size"],
-            index["format"],
-            source_path=index["source"]["path"],
-            fingerprint=index["source"]["fingerprint"],
-        )
-        if index["page_bytes"] != store.layout.page_bytes or [
-            (matrix["codes_offset"], matrix["absmax_offset"]) for matrix in index["matrices"]
-        ] != list(zip(store.layout.codes_offset, store.layout.absmax_offset)):
+        index = read_index(folder)
+        try:
+            check_files(folder, index["files"], verify)
+            if index["format"] not in _C.FORMATS:
+                raise StoreError(f"{folder}: format {index['format']!r}; this usaf_ext reads {_C.FORMATS}")
+            store = cls(
+                index["layer_names"],
+                index["num_experts"],
+                index["hidden_size"],
+                index["intermediate_size"],
+                index["format"],
+                source_path=index["source"]["path"],
+                fingerprint=index["source"]["fingerprint"],
+            )
+            checksums = index["page_crc32"] if verify else None
+            known = index["page_bytes"] == store.layout.page_bytes and index["matrices"] == store._matrices()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{folder / STORE_INDEX_NAME}: not a store's index: {error!r}") from error
+        if not known:
             raise StoreError(f"{folder / STORE_INDEX_NAME}: a page layout that this version cannot read")
         missing = {_page_name(*page): page for page in store._page_list()}
         for name in (name for name in index["files"] if name.startswith("experts-")):
-            store._read_pages(folder / name, missing, index["page_crc32"] if verify else None)
+            store._read_pages(folder / name, missing, checksums)
         if missing:
             raise StoreError(f"{folder}: page {next(iter(missing))} is in none of its files")
         store.seal()
@@ -334,47 +340,3 @@ class ExpertStore:
             f"ExpertStore(layers={self.num_layers}, experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, format={self.format!r}, bytes={self.bytes})"
         )
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / STORE_INDEX_NAME
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(f"{folder}: not a store: it has no {STORE_INDEX_NAME}") from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(index, dict) or index.get("kind") != _KIND:
-        raise StoreError(f"{path}: not the index of a usaf store")
-    version = index.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise StoreError(f"{path}: format version {version}; this usaf_ext reads up to {FORMAT_VERSION}")
-    if index.get("crc32") != _index_crc(index):
-        raise StoreError(f"{path}: damaged: its crc32 does not match")
-    return index
-
-
-def _copy_dense(source: ModelSource, folder: Path) -> list[str]:
-    """Copy everything of a checkpoint but its experts; returns the names of the files written."""
-    names = []
-    for file in source.support_files():
-        (folder / file.name).write_bytes(file.read_bytes())
-        names.append(file.name)
-    weight_map: dict[str, str] = {}
-    for shard, keys in source.shards.items():
-        dense = [key for key in keys if not source.is_expert_key(key)]
-        if not dense:
-            continue
-        tensors = {key: (source.tensors[key].dtype, source.tensors[key].shape) for key in dense}
-        chunks = (chunk for key in dense for chunk in source.tensor_bytes(key))
-        with (folder / shard).open("wb") as file:
-            write_safetensors(file, tensors, chunks, source.shard_metadata[shard])
-        weight_map |= dict.fromkeys(dense, shard)
-        names.append(shard)
-    if len(source.shards) > 1:
-        name = "model.safetensors.index.json"
-        total = sum(source.tensors[key].num_bytes for key in weight_map)
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
-        names.append(name)
-    return names

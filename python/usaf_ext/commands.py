@@ -1,0 +1,132 @@
+"""What the commands of `usaf-ext` do (all but `demo`). Each takes parsed arguments and returns an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import _C, __version__
+from .sizes import format_size
+
+_SHOWN_PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+
+
+def _load(arguments: argparse.Namespace):
+    from .loading import load_model
+
+    return load_model(
+        arguments.model,
+        format=arguments.format,
+        device_budget=arguments.device_budget,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        originals=arguments.originals,
+    )
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """Backends, devices, threads and versions."""
+    del arguments
+    rows = [("usaf_ext", f"{__version__}, built for torch {_C.TORCH_VERSION}")]
+    rows.append(("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"))
+    for package in _SHOWN_PACKAGES:
+        try:
+            rows.append((package, version(package)))
+        except PackageNotFoundError:
+            rows.append((package, "not installed"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    rows.append(("cpu backend", f"all ops; {torch.get_num_threads()} threads, torch uses {capability}"))
+    gpu = _C.GPU_BACKEND
+    rows.append(("gpu backend", f"{gpu}: quantize_blocks, dequantize_blocks, quantize_rows_" if gpu else "not built"))
+    if gpu and torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            rows.append((f"device {number}", f"{properties.name}, {format_size(properties.total_memory)}"))
+    rows.append(("formats", ", ".join(_C.FORMATS)))
+    for name, value in rows:
+        print(f"{name:14} {value}")
+    return 0
+
+
+def quantize(arguments: argparse.Namespace) -> int:
+    """Write a checkpoint's experts as a store, with everything else the folder needs to be opened as a model."""
+    from .checkpoint_source import ModelSource
+    from .store import ExpertStore
+
+    ExpertStore.check_target(arguments.store)
+    source = ModelSource.open(arguments.model)
+    store = ExpertStore.quantize(source, arguments.format)
+    store.save(arguments.store, source)
+    weights = 3 * store.num_layers * store.num_experts * store.hidden_size * store.intermediate_size
+    print(
+        f"{arguments.store}: {store.num_layers} layers x {store.num_experts} experts in {store.format}, "
+        f"{format_size(store.bytes)} ({8 * store.bytes / weights:.2f} bits a weight)"
+    )
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Fine-tune chosen neurons; evaluates held-out files, if any, before and after."""
+    from .data import PackedDataset
+    from .experts import expert_memory
+    from .train_config import TrainConfig
+    from .training import train as run_training
+
+    config = TrainConfig(
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        seq_len=arguments.seq_len,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        learning_rate=arguments.learning_rate,
+        router_learning_rate=arguments.router_learning_rate,
+        density=arguments.density,
+        router=arguments.router,
+        router_warmup_steps=arguments.router_warmup_steps,
+        mode=arguments.mode,
+        checkpoint_every=arguments.checkpoint_every,
+        seed=arguments.seed,
+    )
+    loaded = _load(arguments)
+    if loaded.run is not None:
+        raise ValueError(f"--model: {arguments.model} is a run; name its base model, and continue it with --resume")
+    dataset = PackedDataset.from_files(arguments.data, loaded.tokenizer, config.seq_len)
+    heldout = {}
+    if arguments.eval_data:
+        heldout["heldout"] = PackedDataset.from_files(
+            arguments.eval_data, loaded.tokenizer, config.seq_len, keep_tail=True
+        )
+    result = run_training(
+        loaded.model,
+        dataset,
+        config,
+        arguments.out,
+        eval_datasets=heldout,
+        base=str(loaded.base.resolve()),
+        originals=loaded.originals,
+        resume=arguments.resume,
+    )
+    memory = expert_memory(loaded.model)
+    print(
+        f"{result.out_dir}: {result.steps} steps, {result.trained_parameters:,} parameters "
+        f"({100 * result.density:.2f}% of the neurons), {result.tokens_per_second:.0f} tokens/s, "
+        f"{format_size(memory.device_bytes)} for paging"
+    )
+    for name, losses in result.evaluations.items():
+        print(f"{name}: " + ", ".join(f"loss {loss:.4f} at step {step}" for step, loss in losses.items()))
+    print("plots: loss.png, expert_load.png; one line a step: log.jsonl")
+    return 0
+
+
+def eval(arguments: argparse.Namespace) -> int:
+    """Mean next-token loss of a model on texts."""
+    from .data import PackedDataset
+    from .evaluation import evaluate
+
+    loaded = _load(arguments)
+    sequences = PackedDataset.from_files(arguments.data, loaded.tokenizer, arguments.seq_len, keep_tail=True)
+    loss = evaluate(loaded.model, sequences, arguments.batch_size)
+    print(f"loss {loss:.6f} nats a token over {sequences.num_tokens} tokens")
+    return 0

@@ -1,0 +1,50 @@
+"""Build the emulated kernels with the host compiler: the real sources of cuda/ and hip/, as C++."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+
+HERE = pathlib.Path(__file__).parent
+REPO = HERE.parents[1]
+CXX = os.environ.get("CXX", "g++")
+# Alignment is checked by the undefined-behaviour sanitizer, sizes by the address sanitizer.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+_SOURCES = {
+    "cuda": [HERE / "driver.cpp", REPO / "cuda/codec.cu"],
+    "hip": [HERE / "driver.cpp", REPO / "hip/codec.hip"],
+    "broken_cuda": [HERE / "broken_kernels.cpp"],
+    "broken_hip": [HERE / "broken_kernels.cpp"],
+}
+
+
+def build_library(out: pathlib.Path, name: str, *, sanitize: bool = False, wave_size: int = 32) -> pathlib.Path:
+    """Compile `cuda`, `hip`, `broken_cuda` or `broken_hip` into a shared library under `out`."""
+    backend = name.removeprefix("broken_")
+    library = out / f"{name}{wave_size}{'_sanitized' if sanitize else ''}.so"
+    command = [CXX, "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unknown-pragmas", "-Wno-clobbered", f"-I{HERE}", f"-I{REPO / 'cpp'}", f"-I{REPO / backend}"]
+    command += ["-DUSAF_MAX_GRID_Y=2"]  # small grids: the kernels' row loops run too
+    command += [f"-DEMULATED_WAVE_SIZE={wave_size}"] + (["-DEMULATE_HIP"] if backend == "hip" else [])
+    command += SANITIZE if sanitize else []
+    command += ["-x", "c++", *map(str, _SOURCES[name]), str(HERE / "emulator.cpp"), "-o", str(library)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+    return library
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a Python process needs to load a sanitized library."""
+    runtimes = [
+        subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    return {
+        **os.environ,
+        "LD_PRELOAD": ":".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
