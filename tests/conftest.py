@@ -34,3 +34,12 @@ def tiny_checkpoint(tmp_path_factory):
     from tiny_models import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture
+def one_thread():
+    """For tests of tiny models: with more threads than idle cores they would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

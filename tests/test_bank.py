@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from trained_models import banked_model, every_nth, paged_model
-
 from usaf_ext import RowBank, StoreError, expert_store, ops, paged_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 N32 = torch.int32
 
@@ -110,9 +111,19 @@ def test_constructor_checks_its_tensors(model):
     bank = RowBank.from_store(expert_store(model), 0, neurons((0, 0), (3, 4)), originals=model.usaf_originals)
     good = {
         name: getattr(bank, name)
-        for name in (
-            "layer format mode num_experts hidden_size intermediate_size neuron_expert neuron_index codes absmax master"
-        ).split()
+        for name in [
+            "layer",
+            "format",
+            "mode",
+            "num_experts",
+            "hidden_size",
+            "intermediate_size",
+            "neuron_expert",
+            "neuron_index",
+            "codes",
+            "absmax",
+            "master",
+        ]
     }
     RowBank(**good)
     for change, error, message in [

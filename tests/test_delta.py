@@ -10,12 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import make_checkpoint
 from trained_models import bank_state, banked_model, paged_model, same_bits, tokens
-
 from usaf_ext import StoreError, expert_store, paged_layers
 from usaf_ext.delta import apply_delta, delta_of, read_delta, write_delta
 from usaf_ext.loss import causal_lm_loss
 from usaf_ext.optimizer import MaskedAdam
 from usaf_ext.router import train_routers, trained_routers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(checkpoint, router=True, **options):

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import tiny_config
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteMoeConfig
 from trained_models import tokens
-
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteMoeConfig
 from usaf_ext.loss import causal_lm_loss, chunked_cross_entropy, why_not_chunked
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,10 @@ def test_the_shift_happens_once(model):
             super().__init__()
             self.ahead = ahead
             self.config = model.config
-            self.base_model = self
+
+        @property
+        def base_model(self):
+            return self
 
         def get_output_embeddings(self):
             return None

@@ -16,12 +16,13 @@ from trained_models import (
     same_bits,
     tokens,
 )
-
 from usaf_ext import UsafError, paged_layers
 from usaf_ext.loss import causal_lm_loss
 from usaf_ext.optimizer import MAX_SKIPPED_STEPS, MaskedAdam
 from usaf_ext.router import train_routers, trained_routers
 from usaf_ext.selection import attach
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def backward(model, ids, scale=1.0):
@@ -246,6 +247,23 @@ def test_in_place_noise_follows_the_seed(tiny_checkpoint):
         results.append(bank_state(model))
     assert same_bits(results[0], results[1])
     assert not same_bits(results[0], results[2])
+
+
+def test_in_place_noise_differs_between_layers(tiny_checkpoint):
+    """Two layers with the same rows and the same gradient round apart."""
+    model = banked_model(tiny_checkpoint, mode="in_place")
+    first, second = (layer.bank for layer in paged_layers(model))
+    rows = min(first.num_neurons, second.num_neurons)
+    second.codes[:rows] = first.codes[:rows]
+    second.absmax[:rows] = first.absmax[:rows]
+    gradient = torch.randn(rows, 3, 72)
+    optimizer = MaskedAdam(model, lr=1e-2)
+    for layer in paged_layers(model):
+        padded = torch.zeros_like(layer.bank.grad)
+        padded[:rows] = gradient
+        give_gradient(layer, padded)
+    optimizer.step()
+    assert not torch.equal(first.codes[:rows], second.codes[:rows])
 
 
 def test_bad_arguments(tiny_checkpoint):

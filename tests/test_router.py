@@ -7,10 +7,9 @@ import copy
 import pytest
 import torch
 from tiny_models import tiny_config
+from trained_models import tokens
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GraniteMoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter, load_balancing_loss_func
-from trained_models import tokens
-
 from usaf_ext.router import (
     CollapsedLayer,
     LoadTracker,
@@ -21,6 +20,8 @@ from usaf_ext.router import (
     train_routers,
     trained_routers,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 CONFIGS = {

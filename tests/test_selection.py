@@ -7,9 +7,11 @@ import logging
 import pytest
 import torch
 from trained_models import banked_model, dense_twin, neuron_gradients, paged_model, tokens
-
 from usaf_ext import paged_layers
+from usaf_ext.loss import causal_lm_loss
 from usaf_ext.selection import attach, compute_importance, select_neurons
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_importance_is_the_sum_of_squared_gradients_over_batches(tiny_checkpoint):
@@ -35,6 +37,15 @@ def test_two_batches_are_the_sum_of_each(tiny_checkpoint):
     for got, want in zip(both, apart):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
         assert bool((want > 0).any())
+
+
+def test_later_backwards_do_not_count(tiny_checkpoint):
+    model = paged_model(tiny_checkpoint)
+    importance = compute_importance(model, [tokens(2)])
+    before = [values.clone() for values in importance]
+    total, count = causal_lm_loss(model, tokens(2, seed=5))
+    (total / count).backward()
+    assert all(torch.equal(old, values) for old, values in zip(before, importance))
 
 
 def test_importance_leaves_banks_and_gradients_as_they_were(tiny_checkpoint):

@@ -9,12 +9,13 @@ import signal
 import pytest
 import torch
 from trained_models import bank_state, paged_model, same_bits, tokens
-
 from usaf_ext import StoreError, TrainConfig, UsafError, paged_layers, train
 from usaf_ext import run_folder as run_folder_module
 from usaf_ext.evaluation import evaluate
 from usaf_ext.router import find_routers, trained_routers
 from usaf_ext.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = list(tokens(16, length=24, vocabulary=40))
 HELD_OUT = list(tokens(4, length=24, seed=1, vocabulary=40))
@@ -83,7 +84,7 @@ def test_resume_continues_bit_for_bit(tiny_checkpoint, tmp_path, dtype, changes)
 
     stopped = paged_model(tiny_checkpoint, dtype)
     arguments = {"eval_datasets": {"held out": HELD_OUT}}
-    with pytest.raises(KeyboardInterrupt, match="SIGINT after step 3; saved .*resume=True"):
+    with pytest.raises(KeyboardInterrupt, match=r"SIGINT after step 3; saved .*resume=True"):
         train(stopped, DATA, settings, tmp_path / "parts", callbacks=[StopAfter(3)], **arguments)
     assert RunFolder.open(tmp_path / "parts").checkpoint_steps() == [3]
     torch.manual_seed(99)
@@ -280,10 +281,10 @@ def test_run_folder_refusals(tiny_checkpoint, tmp_path):
         train(model, DATA, config(steps=1), tmp_path / "run")
     with pytest.raises(ValueError, match=r"changed: density \(was 0.1, now 0.2\), steps \(was 1, now 2\)"):
         train(model, DATA, config(steps=2, density=0.2), tmp_path / "run", resume=True)
+    other = paged_model(tiny_checkpoint)
+    for layer in paged_layers(other):
+        layer.store.fingerprint = "0" * 64
     with pytest.raises(StoreError, match="another base model"):
-        other = paged_model(tiny_checkpoint)
-        for layer in paged_layers(other):
-            layer.store.fingerprint = "0" * 64
         train(other, DATA, config(steps=1), tmp_path / "run", resume=True)
     info = RunFolder.open(tmp_path / "run")
     assert (info.base, info.config["density"]) == (str(tiny_checkpoint), 0.1)
@@ -320,7 +321,7 @@ def test_bad_data(tiny_checkpoint, tmp_path):
         train(model, [], config(), tmp_path / "run")
     with pytest.raises(ValueError, match=r"expected int64 \[24\] items, got torch.int64 \(12,\)"):
         train(model, list(tokens(4, 12)), config(), tmp_path / "run")
-    with pytest.raises(ValueError, match="got torch.int32"):
+    with pytest.raises(ValueError, match=r"got torch\.int32"):
         train(model, [tokens(1)[0].int()], config(), tmp_path / "run")
     with pytest.raises(ValueError, match="paged experts"):
         train(torch.nn.Linear(2, 2), DATA, config(), tmp_path / "run")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from transformers import AutoModelForCausalLM
-
 from usaf_ext import UsafConfig, expert_store, paged_layers
 from usaf_ext.selection import Selection, attach
 
