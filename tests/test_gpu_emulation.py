@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 import usaf_ext.ops as ops
 
 sys.path.insert(0, str(__import__("pathlib").Path(__file__).parent / "gpu_emulation"))
-import build  # noqa: E402
-import codec_cases as codec  # noqa: E402
+import codec_cases as codec
+
+import build
 
 # HIP runs with both wave sizes: the sources are for wave32, and must be right on any.
 TARGETS = {"cuda": ("cuda", 32), "hip_wave32": ("hip", 32), "hip_wave64": ("hip", 64)}

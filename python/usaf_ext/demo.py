@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .checkpoint_source import ModelSource
 from .data import PackedDataset
+from .errors import UsafError
 from .evaluation import evaluate
 from .experts import expert_memory, paged_layers
 from .export import export
@@ -227,12 +228,15 @@ def _print_table(report: dict[str, Any], config: TrainConfig, expert_bytes: int)
 
 
 def _check(report: dict[str, Any], dtype: torch.dtype) -> None:
-    """What must hold on any machine. Raises RuntimeError naming what does not."""
+    """What must hold on any machine. Raises UsafError naming what does not."""
     tolerance = 1e-4 if dtype == torch.float32 else 2e-3
+    # A router that is to be trained computes in fp32, also in the control: in a bf16 model that alone moves the loss.
+    control_tolerance = tolerance if report["router_trained"] and dtype != torch.float32 else 0.0
     failed = [
         name
         for name, holds in {
-            "the control changed the loss": report["loss_new_control"] == report["loss_new_before"],
+            "the control changed the loss": abs(report["loss_new_control"] - report["loss_new_before"])
+            <= control_tolerance,
             "the new text's loss did not fall": report["loss_new_after"] < report["loss_new_before"],
             "an untrained weight changed": report["untrained_bit_identical"],
             "the device budget was exceeded": report["device_peak_bytes"] <= report["device_budget_bytes"],
@@ -245,4 +249,4 @@ def _check(report: dict[str, Any], dtype: torch.dtype) -> None:
         if not holds
     ]
     if failed:
-        raise RuntimeError(f"the demo failed: {'; '.join(failed)}")
+        raise UsafError(f"the demo failed: {'; '.join(failed)}")
