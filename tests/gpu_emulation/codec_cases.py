@@ -18,12 +18,13 @@ DTYPES = {"f32": 0, "bf16": 1}
 STREAM = 0x5EED
 
 # The published table (arXiv 2305.14314, appendix E), written out here too: an oracle shares nothing with the code.
-NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
-    + [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
-    dtype=np.float32,
-)
+# fmt: off
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+], dtype=np.float32)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,20 @@ class Case:
 
 def cases() -> list[Case]:
     # Odd columns, short blocks, several thread blocks along a row, and more rows than one grid takes.
-    shapes = [(1, 1), (3, 2), (5, 7), (1, 63), (2, 64), (4, 65), (7, 100), (9, 129), (3, 1028), (1, 2056), (200, 31), (3, 0)]
+    shapes = [
+        (1, 1),
+        (3, 2),
+        (5, 7),
+        (1, 63),
+        (2, 64),
+        (4, 65),
+        (7, 100),
+        (9, 129),
+        (3, 1028),
+        (1, 2056),
+        (200, 31),
+        (3, 0),
+    ]
     found = []
     for (format, dtype), (rows, cols) in itertools.product(itertools.product(FORMATS, DTYPES), shapes):
         found.append(Case(format, dtype, rows, cols))
