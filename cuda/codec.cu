@@ -17,6 +17,7 @@ namespace usaf::gpu {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 3;  // up to 85 registers: left alone, ptxas stops at 64 for sm_120 and spills
 constexpr int kRowsInFlight = 4;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int64_t kMaxGridX = 2147483647;
@@ -167,7 +168,7 @@ __device__ __forceinline__ void encode_nf4_pack(uint4 pack, const EncodeRowsArgs
 }
 
 template <Format kFormat, class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads) encode_kernel(EncodeRowsArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) encode_kernel(EncodeRowsArgs args) {
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
   const int64_t block_rows = int64_t{blockDim.y} * kRowsInFlight;
   for (int64_t first = blockIdx.y * block_rows; first < args.num_rows; first += gridDim.y * block_rows) {
@@ -206,7 +207,7 @@ __device__ __forceinline__ uint4 decode_nf4_pack(uint32_t codes, float absmax, c
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads) decode_nf4_kernel(DecodeRowsArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_nf4_kernel(DecodeRowsArgs args) {
   __shared__ float table[16];
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   if (thread < 16) {
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(kThreads) decode_nf4_kernel(DecodeRowsArgs arg
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads) decode_bf16_kernel(DecodeRowsArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_bf16_kernel(DecodeRowsArgs args) {
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
   if (col >= args.cols) return;
   const int64_t stride = code_bytes(Format::bf16, args.cols);

@@ -18,15 +18,14 @@ namespace usaf::gpu {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int kMinThreads = 64;  // a whole wave on every chip
-constexpr int kRows = 4;         // rows of a workgroup, all in flight
+constexpr int kMinThreads = 64;                                      // a whole wave on every chip
+constexpr int kRows = 4;                                             // rows of a workgroup, all in flight
 constexpr int64_t kMaxGridX = (int64_t{1} << 32) / kMaxThreads - 1;  // a grid has under 2^32 threads
 
 template <class T>
 struct Layout {
   static constexpr int kPack = 16 / sizeof(T);       // weights a lane holds
   static constexpr int kLanes = kBlockSize / kPack;  // lanes that share a block of weights
-  static constexpr int kCodeBytes = kPack / 2;       // NF4 bytes of a pack
 };
 
 struct alignas(16) Pack {

@@ -7,14 +7,32 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
-
 from usaf_ext import demo
 from usaf_ext.cli import main
 
 BASELINE = Path(__file__).parent.parent / "bench" / "results" / "demo_baseline.jsonl"
-FIELDS = """loss_new_before loss_new_after loss_old_before loss_old_after loss_new_control trained_parameters density
-device_budget_bytes device_peak_bytes page_hits page_misses bytes_in stall_seconds tokens_per_second load_entropy
-router_trained quantisation_gap loss_new_export_original loss_new_export_dequantized untrained_bit_identical""".split()
+FIELDS = [
+    "loss_new_before",
+    "loss_new_after",
+    "loss_old_before",
+    "loss_old_after",
+    "loss_new_control",
+    "trained_parameters",
+    "density",
+    "device_budget_bytes",
+    "device_peak_bytes",
+    "page_hits",
+    "page_misses",
+    "bytes_in",
+    "stall_seconds",
+    "tokens_per_second",
+    "load_entropy",
+    "router_trained",
+    "quantisation_gap",
+    "loss_new_export_original",
+    "loss_new_export_dequantized",
+    "untrained_bit_identical",
+]
 
 
 @pytest.fixture(scope="module")

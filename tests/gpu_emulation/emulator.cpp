@@ -162,8 +162,8 @@ bool close_collectives() {
     const Fiber& fiber = device.fibers[i];
     at_barrier += fiber.state == State::at_barrier;
     if (fiber.state != State::at_collective) continue;
-    throw std::runtime_error("warp collective at " + where(fiber.site) + " not reached by all lanes of its mask (thread " +
-                             std::to_string(i) + " waits)");
+    throw std::runtime_error("warp collective at " + where(fiber.site) +
+                             " not reached by all lanes of its mask (thread " + std::to_string(i) + " waits)");
   }
   throw std::runtime_error("partial barrier: reached by " + std::to_string(at_barrier) + " of " +
                            std::to_string(device.num_threads) + " threads");

@@ -1,10 +1,10 @@
 // Test-only: what a GPU promises to a kernel, on the CPU. cuda_runtime.h and hip/hip_runtime.h beside this file put the
 // vendors' names on it, so that the real sources of cuda/ and hip/ compile as host C++ and run.
 //
-// One block runs at a time, on one OS thread, one fiber per GPU thread. A fiber runs until it ends or meets its fellows:
-// at a barrier or at a warp collective. Nothing else switches, so the order in which fibers run is ours to choose:
-// `schedule` says ascending, descending or shuffled, and a kernel must give the same result in each. Shared memory is
-// filled with 0xff before every block. Stricter than hardware where hardware is only undefined:
+// One block runs at a time, on one OS thread, one fiber per GPU thread. A fiber runs until it ends or meets its
+// fellows: at a barrier or at a warp collective. Nothing else switches, so the order in which fibers run is ours to
+// choose: `schedule` says ascending, descending or shuffled, and a kernel must give the same result in each. Shared
+// memory is filled with 0xff before every block. Stricter than hardware where hardware is only undefined:
 //  - a barrier must be reached by every thread of the block, at the same source line;
 //  - a warp collective must be reached by every lane its mask names, at the same line with the same mask;
 //  - a lane may not read a lane outside the mask, or call a collective whose mask leaves it out.

@@ -12,7 +12,7 @@ inline constexpr hipError_t hipSuccess = 0;
 inline hipError_t hipGetLastError() { return emulator::take_last_error(); }
 inline const char* hipGetErrorString(hipError_t error) { return error == 0 ? "no error" : "emulated error"; }
 
-#define hipLaunchKernelGGL(kernel, grid, block, shared_bytes, stream, ...)                       \
+#define hipLaunchKernelGGL(kernel, grid, block, shared_bytes, stream, ...) \
   emulator::launch((grid), (block), (shared_bytes), (stream), EMULATED_WAVE_SIZE, [&] { kernel(__VA_ARGS__); })
 #define HIP_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emulator::position().dynamic_shared);
 

@@ -1,0 +1,155 @@
+"""cuda/ and hip/ compile for every chip, and what comes out is what was meant: no spills, no local memory, no fused
+multiply-add that would change a bit, 16-byte accesses. Nothing runs here.
+
+A missing compiler is a skip, or with USAF_REQUIRE_COMPILERS=1 a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+REPO = pathlib.Path(__file__).parents[1]
+CUDA_SOURCES = sorted((REPO / "cuda").glob("*.cu"))
+HIP_SOURCES = sorted((REPO / "hip").glob("*.hip"))
+CUDA_ARCHS = (75, 80, 86, 89, 90, 120)
+HIP_ARCHS = ("gfx1030", "gfx1031")
+
+
+def compiler(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        message = f"{name} is not on PATH"
+        if os.environ.get("USAF_REQUIRE_COMPILERS") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+def run(command: list[str], folder: pathlib.Path) -> str:
+    environment = {**os.environ, "HIP_PLATFORM": "amd"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def compile_cuda(nvcc: str, source: pathlib.Path, arch: int, folder: pathlib.Path) -> tuple[str, str]:
+    """The report of ptxas, and the PTX."""
+    folder = folder / f"{source.stem}_{arch}"
+    folder.mkdir()
+    command = [nvcc, "-std=c++20", "-O3", "-fmad=false", f"-I{REPO / 'cpp'}", f"-I{source.parent}"]
+    command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra"]
+    command += ["-Werror=all-warnings", "--keep", "-c", str(source), "-o", "out.o"]
+    report = run(command, folder)
+    (ptx,) = folder.glob("*.ptx")
+    return report, ptx.read_text()
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory):
+    nvcc, folder = compiler("nvcc"), tmp_path_factory.mktemp("cuda")
+    jobs = [(source, arch) for source in CUDA_SOURCES for arch in CUDA_ARCHS]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda job: compile_cuda(nvcc, *job, folder), jobs)
+        return dict(zip(jobs, results))
+
+
+def compile_hip(hipcc: str, source: pathlib.Path, folder: pathlib.Path) -> dict[str, str]:
+    """The assembly of each chip, kept from the compilation of the very object that a build links."""
+    command = [hipcc, "-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    command += [f"-I{REPO / 'cpp'}", f"-I{source.parent}", *(f"--offload-arch={arch}" for arch in HIP_ARCHS)]
+    run([*command, "-save-temps", "-c", str(source), "-o", "out.o"], folder)
+    return {arch: next(folder.glob(f"{source.stem}*{arch}*.s")).read_text() for arch in HIP_ARCHS}
+
+
+@pytest.fixture(scope="module")
+def hip(tmp_path_factory):
+    hipcc = compiler("hipcc")
+    folder = tmp_path_factory.mktemp("hip")
+    return {source: compile_hip(hipcc, source, folder) for source in HIP_SOURCES}
+
+
+def hip_kernels(assembly: str) -> dict[str, list[str]]:
+    """Mnemonics of each kernel, in order."""
+    names = re.findall(r"^\s*\.amdhsa_kernel\s+(\S+)", assembly, re.MULTILINE)
+    bodies = {name: assembly.split(f"\n{name}:", 1)[1].split("\n\t.section", 1)[0] for name in names}
+    return {name: re.findall(r"^\t([a-z]\w+)", body, re.MULTILINE) for name, body in bodies.items()}
+
+
+def test_cuda_uses_registers_only(cuda):
+    kernels: dict[pathlib.Path, set[frozenset[str]]] = {}
+    for (source, arch), (report, _) in cuda.items():
+        entries = re.findall(rf"Compiling entry function '(\S+)' for 'sm_{arch}'", report)
+        usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert entries
+        assert len(usage) == len(entries)
+        assert set(usage) == {("0", "0", "0")}, f"{source.name} sm_{arch}\n{report}"
+        kernels.setdefault(source, set()).add(frozenset(entries))
+    assert all(len(per_arch) == 1 for per_arch in kernels.values())  # the same kernels for every chip
+
+
+def test_cuda_rounds_as_written(cuda):
+    for (source, arch), (_, ptx) in cuda.items():
+        floating = re.findall(
+            r"\b(?:mul|add|sub|div|rcp|sqrt|fma|mad|min|max|ex2|lg2|rsqrt)\.[\w.]*f(?:16|32|64)\b", ptx
+        )
+        wrong = [name for name in floating if re.search(r"^(fma|mad)|approx|ftz|rsqrt|ex2|lg2", name)]
+        assert any(name == "mul.rn.f32" for name in floating)
+        assert not wrong, f"{source.name} sm_{arch}: {sorted(set(wrong))}"
+
+
+def test_cuda_moves_16_bytes(cuda):
+    for (source, _), (_, ptx) in cuda.items():
+        for name, body in re.findall(r"\.entry (\w+)\((.*?)^}", ptx, re.MULTILINE | re.DOTALL):
+            if "kernel" in name and "Lb1E" in name:  # the instances for aligned rows
+                assert re.search(r"(ld|st)\.global(\.nc)?\.v4\.", body), f"{source.name}: {name}"
+
+
+def test_hip_uses_registers_only(hip):
+    keys = ("private_segment_fixed_size", "sgpr_spill_count", "vgpr_spill_count")
+    for source, assemblies in hip.items():
+        for arch, assembly in assemblies.items():
+            count = len(hip_kernels(assembly))
+            assert count > 0
+            for key in keys:
+                values = re.findall(rf"^\s*\.{key}:\s*(\d+)", assembly, re.MULTILINE)
+                assert values == ["0"] * count, f"{source.name} {arch}: {key} {values}"
+
+
+def test_hip_rounds_as_written(hip):
+    for source, assemblies in hip.items():
+        for arch, assembly in assemblies.items():
+            modes = set(re.findall(r"\.amdhsa_float_denorm_mode_32 (\d)", assembly))
+            assert modes == {"3"}, f"{source.name} {arch}: subnormals are flushed"
+            for name, instructions in hip_kernels(assembly).items():
+                mixed = [i for i in instructions if re.match(r"v_(fma|mad)_?mix|v_pk_fma|v_dot", i)]
+                assert not mixed, f"{arch} {name}: {mixed}"
+                fused = [i for i in instructions if re.match(r"v_(fma|fmac|fmaak|fmamk|mad|mac|madak|madmk)_f\d", i)]
+                fused += [i for i in instructions if re.match(r"v_(fmac|mac)_legacy|v_fma_legacy", i)]
+                # A correctly rounded division is five of them and v_div_fmas; nothing else may be fused.
+                divisions = sum(i.startswith("v_div_fmas_f32") for i in instructions)
+                assert len(fused) == 5 * divisions, f"{arch} {name}: {fused}"
+                assert sum(i.startswith("v_div_fixup_f32") for i in instructions) == divisions
+
+
+def test_hip_moves_16_bytes(hip):
+    for assemblies in hip.values():
+        for arch, assembly in assemblies.items():
+            for name, instructions in hip_kernels(assembly).items():
+                if "Lb1E" in name:  # the instances for aligned rows: all four rows' accesses
+                    wide = sum(bool(re.match(r"global_(load|store)_dwordx4", i)) for i in instructions)
+                    assert wide >= 4, f"{arch} {name}: {wide}"
+
+
+@pytest.mark.parametrize("source", HIP_SOURCES, ids=lambda path: path.name)
+def test_hip_compiles_under_nvcc(source, tmp_path):
+    command = [compiler("nvcc"), "-x", "cu", "-std=c++20", "-fmad=false", "-arch=sm_90", "-Werror=all-warnings"]
+    command += [f"-I{REPO / 'tests/hip_on_cuda'}", f"-I{REPO / 'cpp'}", f"-I{source.parent}"]
+    run([*command, "-c", str(source), "-o", "out.o"], tmp_path)
+    assert (tmp_path / "out.o").stat().st_size > 0
