@@ -2,8 +2,8 @@
 
     pytest bench --benchmark-enable [--report NAME]        (make bench)
 
-A case sets `benchmark.extra_info["bytes"]` (each input read once, each output written once), `["size"]` (text) and, where
-it is a peer's, `["peer"] = True`. GB/s and the share of the copy bandwidth, measured in this run, follow from the bytes.
+A case sets `benchmark.extra_info["bytes"]` (each input read once, each output written once), `["size"]` (text) and,
+for a peer, `["peer"] = True`. GB/s and the share of the copy bandwidth, measured in this run, follow from the bytes.
 """
 
 from __future__ import annotations

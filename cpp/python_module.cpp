@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "enum_names.h"
 #include "errors.h"
 #include "kernel_api.h"
 #include "memory/expert_pager.h"
@@ -27,38 +28,11 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class Enum, size_t N>
-Enum parse(const std::string& value, const char* argument, const std::array<std::pair<const char*, Enum>, N>& choices) {
-  std::string names;
-  for (const auto& [name, result] : choices) {
-    if (value == name) return result;
-    names += (names.empty() ? "'" : ", '") + std::string(name) + "'";
-  }
-  throw std::invalid_argument(std::string(argument) + ": expected one of " + names + ", got '" + value + "'");
-}
-
-Format parse_format(const std::string& value) {
-  std::array<std::pair<const char*, Format>, kNumFormats> choices;
-  for (int i = 0; i < kNumFormats; ++i) {
-    const auto format = static_cast<Format>(i);
-    choices[static_cast<size_t>(i)] = {format_name(format), format};
-  }
-  return parse(value, "format", choices);
-}
 Phase parse_phase(const std::string& value) {
-  return parse<Phase, 3>(value, "phase",
-                         {{{"inference", Phase::inference},
-                           {"training_forward", Phase::training_forward},
-                           {"backward", Phase::backward}}});
-}
-Activation parse_activation(const std::string& value) {
-  return parse<Activation, 3>(value, "activation",
-                              {{{"silu", Activation::silu},
-                                {"gelu_tanh", Activation::gelu_tanh},
-                                {"swiglu_clamped", Activation::swiglu_clamped}}});
-}
-DType parse_dtype(const std::string& value) {
-  return parse<DType, 2>(value, "dtype", {{{"float32", DType::f32}, {"bfloat16", DType::bf16}}});
+  return parse_enum<Phase, 3>(value, "phase",
+                              {{{"inference", Phase::inference},
+                                {"training_forward", Phase::training_forward},
+                                {"backward", Phase::backward}}});
 }
 
 py::list offsets_list(const int64_t (&offsets)[kMatricesPerExpert]) {

@@ -19,45 +19,34 @@
 namespace usaf {
 namespace {
 
-// Generation g is the g-th record of the event; a wait is for the latest generation at the time it was asked for.
-class CpuEvent {
+// One record of an event. A wait is for the record that was the latest when it was asked for, whatever comes later.
+class Completion {
  public:
-  int64_t begin_generation() {
+  bool done() const {
     std::lock_guard lock(mutex_);
-    return ++recorded_;
-  }
-
-  int64_t latest_generation() const {
-    std::lock_guard lock(mutex_);
-    return recorded_;
-  }
-
-  bool done(int64_t generation) const {
-    std::lock_guard lock(mutex_);
-    return completed_ >= generation;
+    return done_;
   }
 
   // `failure`: why an operation before the record failed, or empty.
-  void complete(int64_t generation, std::string failure) {
+  void complete(std::string failure) {
     {
       std::lock_guard lock(mutex_);
-      if (generation <= completed_) return;
-      completed_ = generation;
+      done_ = true;
       failure_ = std::move(failure);
     }
     changed_.notify_all();
   }
 
-  void wait(int64_t generation) {
+  void wait() {
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return completed_ >= generation; });
+    changed_.wait(lock, [this] { return done_; });
     if (!failure_.empty()) throw DeviceError(failure_);
   }
 
  private:
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  int64_t recorded_ = 0, completed_ = 0;
+  bool done_ = false;
   std::string failure_;
 };
 
@@ -83,12 +72,12 @@ class CpuStream {
     });
   }
 
-  void wait(std::shared_ptr<CpuEvent> event, int64_t generation) {
-    push([event = std::move(event), generation] { event->wait(generation); });
+  void wait(std::shared_ptr<Completion> record) {
+    push([record = std::move(record)] { record->wait(); });
   }
 
-  void record(std::shared_ptr<CpuEvent> event, int64_t generation) {
-    push([this, event = std::move(event), generation] { event->complete(generation, std::exchange(failure_, {})); });
+  void complete(std::shared_ptr<Completion> record) {
+    push([this, record = std::move(record)] { record->complete(std::exchange(failure_, {})); });
   }
 
  private:
@@ -126,6 +115,10 @@ class CpuStream {
   std::thread worker_;   // last: it starts when everything else is there
 };
 
+struct CpuEvent {
+  std::shared_ptr<Completion> latest;  // null: never recorded
+};
+
 class CpuDevice final : public Device {
  public:
   const char* name() const override { return "cpu"; }
@@ -152,49 +145,52 @@ class CpuDevice final : public Device {
   }
 
   Event create_event() override {
-    auto event = std::make_shared<CpuEvent>();
+    auto event = std::make_unique<CpuEvent>();
     std::lock_guard lock(mutex_);
     return events_.emplace(event.get(), std::move(event)).first->first;
   }
 
-  // Operations already queued keep the event alive.
+  // Operations already queued keep what they need of it.
   void destroy_event(Event event) noexcept override {
     std::lock_guard lock(mutex_);
     events_.erase(event);
   }
 
   void record(Event event, Stream stream) override {
-    const auto target = find_event(event);
+    auto record = std::make_shared<Completion>();
+    std::lock_guard lock(mutex_);
+    CpuEvent& target = find_event(event);
     if (stream == nullptr) {
-      target->complete(target->begin_generation(), {});
+      record->complete({});
     } else {
-      CpuStream& queue = find_stream(stream);
-      queue.record(target, target->begin_generation());
+      find_stream(stream).complete(record);
     }
+    target.latest = std::move(record);
   }
 
   void stream_wait(Stream stream, Event event) override {
-    const auto target = find_event(event);
-    const int64_t generation = target->latest_generation();
-    if (stream == nullptr) {
-      target->wait(generation);
-    } else {
-      find_stream(stream).wait(target, generation);
+    std::unique_lock lock(mutex_);
+    auto record = find_event(event).latest;
+    if (stream != nullptr) {
+      CpuStream& waiting = find_stream(stream);
+      if (record) waiting.wait(std::move(record));
+    } else if (record) {
+      lock.unlock();
+      record->wait();
     }
   }
 
   bool query(Event event) override {
-    const auto target = find_event(event);
-    return target->done(target->latest_generation());
+    std::lock_guard lock(mutex_);
+    const auto& record = find_event(event).latest;
+    return record == nullptr || record->done();
   }
 
-  void synchronize(Event event) override {
-    const auto target = find_event(event);
-    target->wait(target->latest_generation());
-  }
+  void synchronize(Event event) override { stream_wait(nullptr, event); }
 
   void copy_async(void* dst, const void* src, int64_t bytes, Stream stream) override {
     if (bytes < 0) throw DeviceError("cpu copy: bytes must not be negative, got " + std::to_string(bytes));
+    std::lock_guard lock(mutex_);
     find_stream(stream).copy(dst, src, bytes);
   }
 
@@ -205,22 +201,21 @@ class CpuDevice final : public Device {
   void unregister_host(void*) noexcept override {}
 
  private:
+  // Both with mutex_ held, which no worker takes.
   CpuStream& find_stream(Stream stream) {
-    std::lock_guard lock(mutex_);
     const auto found = streams_.find(stream);
     if (found == streams_.end()) throw DeviceError("cpu: not a stream of this device");
     return *found->second;
   }
 
-  std::shared_ptr<CpuEvent> find_event(Event event) {
-    std::lock_guard lock(mutex_);
+  CpuEvent& find_event(Event event) {
     const auto found = events_.find(event);
     if (found == events_.end()) throw DeviceError("cpu: not an event of this device");
-    return found->second;
+    return *found->second;
   }
 
   std::mutex mutex_;
-  std::unordered_map<Event, std::shared_ptr<CpuEvent>> events_;
+  std::unordered_map<Event, std::unique_ptr<CpuEvent>> events_;
   std::unordered_map<Stream, std::unique_ptr<CpuStream>> streams_;  // destroyed, and so joined, first
 };
 

@@ -17,7 +17,7 @@ _BUILT = _C.TORCH_VERSION.split("+")[0].rsplit(".", 1)[0]
 _FOUND = torch.__version__.split("+")[0].rsplit(".", 1)[0]
 if _BUILT != _FOUND:
     raise ImportError(
-        f"usaf_ext was built for torch {_C.TORCH_VERSION} and found {torch.__version__}; build it again with this torch: "
+        f"usaf_ext was built for torch {_C.TORCH_VERSION} and found {torch.__version__}; build it again with this one: "
         "pip install --force-reinstall --no-deps --no-build-isolation ."
     )
 

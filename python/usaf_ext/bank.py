@@ -95,7 +95,7 @@ class RowBank:
             raise ValueError(f"mode {mode!r} {'needs' if mode == 'master' else 'has no'} master")
         check_neurons(neuron_expert, neuron_index, num_experts, intermediate_size)
         n = len(neuron_expert)
-        expected = [
+        expected: list[tuple[str, torch.Tensor, tuple[torch.dtype, ...], tuple[int, ...]]] = [
             ("codes", codes, (torch.uint8,), (n, ROWS_PER_NEURON, _C.code_bytes(format, hidden_size))),
             ("absmax", absmax, (torch.float32,), (n, ROWS_PER_NEURON, _C.num_blocks(format, hidden_size))),
         ]

@@ -1,48 +1,22 @@
 """Reading a plain Hugging Face checkpoint (safetensors, one file or sharded), one expert at a time.
 
-`ModelSource` never unpickles, never holds more than the slice that was asked for, and knows where every byte of every
-tensor stands, so that the dense part can be copied byte for byte.
+`ModelSource` never unpickles and never holds more than the slice that was asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from .checkpoint_folder import CheckpointFolder, resolve_folder
 from .errors import StoreError
-from .safetensors_io import TensorInfo, read_safetensors_header
 
-logger = logging.getLogger(__name__)
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 STORE_INDEX_NAME = "usaf_store.json"
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-
-# Files that make the folder usable beside its tensors. Everything else (README, images, .bin) is left behind.
-SUPPORT_FILE_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-)
 
 
 @dataclass(frozen=True)
@@ -92,68 +66,33 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder. Raises StoreError when missing or no JSON object."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StoreError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder") from error
-    except (OSError, ValueError) as error:
-        raise StoreError(f"cannot read {path}: {error}") from error
-    if not isinstance(config, dict):
-        raise StoreError(f"{path}: expected a JSON object")
-    return config
+def checkpoint_key(folder: CheckpointFolder, parameter: str) -> str:
+    """The key under which a checkpoint holds a model's parameter. Raises StoreError when it has none."""
+    renames = [rename for layout in EXPERT_LAYOUTS for rename in layout.module_renames]
+    for key in (parameter, *(parameter.replace(ours, theirs) for theirs, ours in renames)):
+        if key in folder.tensors:
+            return key
+    raise StoreError(f"{folder.path}: no tensor for the parameter {parameter!r}")
 
 
-def resolve_folder(path: str | Path) -> Path:
-    """A local folder as it is; anything else as a hub id, fetched (safetensors, JSON and tokenizer files) or cached.
-
-    Raises StoreError when it is neither.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    text = str(path)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text in (".", ".."):
-        raise StoreError(f"{path}: no such checkpoint folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", INDEX_NAME, *SUPPORT_FILE_PATTERNS]
-    try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise StoreError(f"{path}: no such local folder, and not available from the hub ({reason})") from error
-
-
-class ModelSource:
-    """A plain checkpoint folder, opened read-only. Make it with `ModelSource.open`.
+class ModelSource(CheckpointFolder):
+    """A plain Mixture-of-Experts checkpoint. Make it with `ModelSource.open`.
 
     Attributes:
-        path: the folder.  config: its config.json.
         layer_names: the experts modules as transformers names them, MoE layers only, in order.
         num_experts, hidden_size, intermediate_size: sizes, the same for every layer.
         dtype: torch dtype of the expert weights.
         layout: the ExpertLayout of its keys.
-        fingerprint: sha256 (hex) over config.json and each shard's name, size and safetensors header.
     """
 
-    path: Path
-    config: dict[str, Any]
     layer_names: list[str]
     num_experts: int
     hidden_size: int
     intermediate_size: int
     dtype: torch.dtype
     layout: ExpertLayout
-    fingerprint: str
-    tensors: dict[str, TensorInfo]  # every tensor, in shard and data order
-    shard_metadata: dict[str, dict[str, str]]
     _keys: list[list[list[str]]]  # [layer][expert] -> keys in the layout's order
     _expert_keys: set[str]
-    _handles: dict[str, Any]  # open safetensors files
 
     @classmethod
     def open(cls, path: str | Path) -> ModelSource:
@@ -162,59 +101,16 @@ class ModelSource:
         Raises StoreError when files or experts are missing, shapes differ, the checkpoint is pickled, already
         quantised, a usaf store, or has no experts in a known layout.
         """
-        source = cls()
-        source.path = resolve_folder(path)
-        if (source.path / STORE_INDEX_NAME).exists():
-            raise StoreError(f"{source.path}: a usaf store; the original checkpoint is needed here")
-        source.config = read_config(source.path)
+        folder = resolve_folder(path)
+        if (folder / STORE_INDEX_NAME).exists():
+            raise StoreError(f"{folder}: a usaf store; the original checkpoint is needed here")
+        source = super().open(folder)
         quantization = source.config.get("quantization_config")
         if quantization is not None:
-            method = (
-                quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
-            )
+            method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
             raise StoreError(f"{source.path}: already quantised ({method}); a plain checkpoint is needed")
-        source._open_shards()
         source._find_experts()
-        source._handles = {}
         return source
-
-    def _open_shards(self) -> None:
-        index_path = self.path / INDEX_NAME
-        single = self.path / SINGLE_NAME
-        weight_map: dict[str, str] | None = None
-        if single.exists():
-            names = [SINGLE_NAME]
-        elif index_path.exists():
-            try:
-                weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-                names = sorted(set(weight_map.values()))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise StoreError(f"{index_path}: damaged index ({error})") from error
-        elif any(self.path.glob("*.bin")) or any(self.path.glob("*.pt")) or any(self.path.glob("*.pth")):
-            raise StoreError(f"{self.path}: only pickled weights; convert them to safetensors first")
-        else:
-            raise StoreError(f"{self.path}: neither {SINGLE_NAME} nor {INDEX_NAME}")
-        digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        self.tensors = {}
-        self.shard_metadata = {}
-        for name in names:
-            if Path(name).name != name:
-                raise StoreError(f"{index_path}: shard name {name!r} leads out of the folder")
-            shard = self.path / name
-            if not shard.exists():
-                raise StoreError(f"{self.path}: shard {name} is missing")
-            tensors, metadata, raw = read_safetensors_header(shard)
-            digest.update(f"\0{name}\0{shard.stat().st_size}\0".encode())
-            digest.update(raw)
-            for key in tensors:
-                if key in self.tensors:
-                    raise StoreError(f"{shard}: tensor {key!r} stands in {self.tensors[key].file} too")
-            self.tensors.update(tensors)
-            self.shard_metadata[name] = metadata
-        for key, name in (weight_map or {}).items():
-            if key not in self.tensors or self.tensors[key].file != name:
-                raise StoreError(f"{self.path}: tensor {key!r} is missing from shard {name}")
-        self.fingerprint = digest.hexdigest()
 
     def _find_experts(self) -> None:
         found: dict[str, dict[tuple[int, str], str]] = {}  # module -> (expert, matrix) -> key
@@ -286,25 +182,9 @@ class ModelSource:
                             f"expected {first[0].dtype} {list(shape)}"
                         )
 
-    def checkpoint_key(self, parameter: str) -> str:
-        """The key under which the checkpoint holds a model's parameter. StoreError when it has none."""
-        for old, new in (("", ""), *self.layout.module_renames):
-            key = parameter.replace(new, old) if new else parameter
-            if key in self.tensors:
-                return key
-        raise StoreError(f"{self.path}: no tensor for the parameter {parameter!r}")
-
     @property
     def num_layers(self) -> int:
         return len(self.layer_names)
-
-    @property
-    def shards(self) -> dict[str, list[str]]:
-        """File name -> its tensor keys, in the order of their data."""
-        result: dict[str, list[str]] = {name: [] for name in self.shard_metadata}
-        for key, info in self.tensors.items():
-            result[info.file].append(key)
-        return result
 
     def is_expert_key(self, key: str) -> bool:
         return key in self._expert_keys
@@ -317,11 +197,6 @@ class ModelSource:
         """Keys that hold this expert, in the order gate, up, down (fused: gate_up, down, shared by all experts)."""
         self._check_index(layer, expert)
         return list(self._keys[layer][expert])
-
-    def support_files(self) -> list[Path]:
-        """config, tokenizer and licence files of the folder."""
-        found = {path for pattern in SUPPORT_FILE_PATTERNS for path in self.path.glob(pattern) if path.is_file()}
-        return sorted(found)
 
     def expert(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(gate [I, H], up [I, H], down [H, I]) in the checkpoint's dtype. Reads that slice only.
@@ -353,45 +228,11 @@ class ModelSource:
         picked = neurons.to("cpu", torch.int64)
         return torch.stack([gate[picked], up[picked], down[:, picked].T], dim=1)
 
-    def read_tensor(self, key: str) -> torch.Tensor:
-        """One whole tensor in the checkpoint's dtype. Raises KeyError for an unknown key."""
-        if key not in self.tensors:
-            raise KeyError(key)
-        return self._handle(self.tensors[key].file).get_tensor(key)
-
-    def tensor_bytes(self, key: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
-        """The tensor's bytes as they stand in the file, in pieces of at most `chunk_bytes`."""
-        info = self.tensors[key]
-        with (self.path / info.file).open("rb") as file:
-            file.seek(info.begin)
-            left = info.num_bytes
-            while left:
-                piece = file.read(min(left, chunk_bytes))
-                if not piece:
-                    raise StoreError(f"{self.path / info.file}: truncated while reading {key!r}")
-                left -= len(piece)
-                yield piece
-
-    def close(self) -> None:
-        """Drop the open files. Later reads open them again."""
-        self._handles.clear()
-
     def _check_index(self, layer: int, expert: int) -> None:
         if not 0 <= layer < self.num_layers:
             raise IndexError(f"layer {layer}: expected a value in [0, {self.num_layers})")
         if not 0 <= expert < self.num_experts:
             raise IndexError(f"expert {expert}: expected a value in [0, {self.num_experts})")
-
-    def _handle(self, file: str) -> Any:
-        if file not in self._handles:
-            try:
-                self._handles[file] = safe_open(self.path / file, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise StoreError(f"cannot read {self.path / file}: {error}") from error
-        return self._handles[file]
-
-    def _slice(self, key: str) -> Any:
-        return self._handle(self.tensors[key].file).get_slice(key)
 
     def __repr__(self) -> str:
         return (

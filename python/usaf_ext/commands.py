@@ -53,13 +53,11 @@ def info(arguments: argparse.Namespace) -> int:
 def quantize(arguments: argparse.Namespace) -> int:
     """Write a checkpoint's experts as a store, with everything else the folder needs to be opened as a model."""
     from .checkpoint_source import ModelSource
-    from .integrations.transformers import fill_store, new_store
     from .store import ExpertStore
 
     ExpertStore.check_target(arguments.store)
     source = ModelSource.open(arguments.model)
-    store = new_store(source, arguments.format)
-    fill_store(store, source)
+    store = ExpertStore.quantize(source, arguments.format)
     store.save(arguments.store, source)
     weights = 3 * store.num_layers * store.num_experts * store.hidden_size * store.intermediate_size
     print(
@@ -131,4 +129,41 @@ def eval(arguments: argparse.Namespace) -> int:
     sequences = PackedDataset.from_files(arguments.data, loaded.tokenizer, arguments.seq_len, keep_tail=True)
     loss = evaluate(loaded.model, sequences, arguments.batch_size)
     print(f"loss {loss:.6f} nats a token over {sequences.num_tokens} tokens")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write a run as a plain checkpoint, compared bit by bit with what it should be."""
+    from .checkpoint_folder import CheckpointFolder
+    from .experts import expert_store, paged_layers
+    from .export import export as write_checkpoint
+    from .loading import load_model
+    from .router import trained_routers
+
+    if arguments.base == "original" and arguments.dtype is not None:
+        raise ValueError("--dtype: only with --base dequantized; an original-based export keeps the checkpoint's")
+    loaded = load_model(arguments.run, originals=arguments.originals, dtype=torch.float32)
+    if loaded.run is None:
+        raise ValueError(f"RUN: {arguments.run} is no run folder")
+    if loaded.originals is None and arguments.base == "original":
+        raise ValueError("--base original: the original checkpoint is not at hand; name it with --originals")
+    report = write_checkpoint(
+        arguments.out,
+        source=loaded.originals or CheckpointFolder.open(loaded.base),
+        store=expert_store(loaded.model),
+        banks=[layer.bank for layer in paged_layers(loaded.model) if layer.bank is not None],
+        router={
+            f"{name}.weight": module.get_parameter("weight").detach()
+            for name, module in trained_routers(loaded.model).items()
+        },
+        base=arguments.base,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+    )
+    print(
+        f"{report.path}: base {report.base}, {report.dtype}; {report.trained_weights:,} trained expert weights, "
+        f"{report.untrained_weights:,} untrained, {report.dense_tensors} dense tensors, "
+        f"{report.router_tensors} trained routers; read back and compared bit by bit"
+    )
+    if report.router_change_surviving is not None:
+        print(f"share of the routers' change that survives their dtype: {100 * report.router_change_surviving:.1f}%")
     return 0

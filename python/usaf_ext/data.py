@@ -149,6 +149,9 @@ class PackedDataset(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.sequences[index]
 
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.sequences)
+
 
 class BatchOrder:
     """An endless, seeded order of batches: every epoch is a new permutation, each sequence once.

@@ -31,7 +31,7 @@ def _digest(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -79,7 +79,7 @@ class Delta:
 
     Attributes:
         fingerprint: of the base model (None: a store made from plain tensors). format, mode: as in RowBank.
-        banks: layer name -> {"neuron_expert", "neuron_index", "codes", "absmax"[, "master"]}, as in RowBank, on the CPU.
+        banks: layer name -> {"neuron_expert", "neuron_index", "codes", "absmax"[, "master"]}, as in RowBank, on CPU.
         routers: router name -> float32 weight [num_experts, hidden_size].
     """
 
@@ -176,7 +176,11 @@ def apply_delta(model: nn.Module, delta: Delta, *, trainable: bool = True) -> No
                     intermediate_size=layer.intermediate_size,
                     device=layer.anchor.device,
                     trainable=trainable,
-                    **{"master": None, **{name: tensor.clone() for name, tensor in rows.items()}},
+                    neuron_expert=rows["neuron_expert"].clone(),
+                    neuron_index=rows["neuron_index"].clone(),
+                    codes=rows["codes"].clone(),
+                    absmax=rows["absmax"].clone(),
+                    master=rows["master"].clone() if "master" in rows else None,
                 )
             )
         except (TypeError, ValueError) as error:

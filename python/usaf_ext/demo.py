@@ -17,13 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .checkpoint_source import ModelSource
 from .data import PackedDataset
+from .errors import UsafError
 from .evaluation import evaluate
 from .experts import expert_memory, paged_layers
 from .export import export
-from .integrations.transformers import fill_store, new_store
-from .loading import load_model
+from .loading import LoadedModel, load_model
 from .router import trained_routers
-from .run_folder import RunFolder
 from .sizes import format_size
 from .store import ExpertStore
 from .train_config import TrainConfig
@@ -61,9 +60,15 @@ def texts(tokenizer) -> dict[str, PackedDataset]:
     }
 
 
-def _run(
+def expert_payload_bytes(store: ExpertStore) -> int:
+    """Bytes of all experts' codes and scales, without the rounding of pages."""
+    return store.num_layers * store.num_experts * store.layout.payload_bytes
+
+
+def run_once(
     store: Path, budget: int, dtype: torch.dtype, config: TrainConfig, data: dict[str, PackedDataset], out: Path
-) -> tuple[Any, TrainResult]:
+) -> tuple[LoadedModel, TrainResult]:
+    """Load the store and train with `config` into the run folder `out`, evaluating both held-out texts."""
     loaded = load_model(store, device_budget=budget, dtype=dtype, originals=MODEL)
     heldout = {name: data[name] for name in ("new", "old")}
     result = train(
@@ -113,26 +118,27 @@ def demo(arguments: argparse.Namespace) -> int:
     config = replace(CONFIG, router=arguments.router)
 
     source = ModelSource.open(MODEL)
-    store = new_store(source, "nf4")
-    fill_store(store, source)
+    store = ExpertStore.quantize(source, "nf4")
     store.save(out / "store", source)
-    pages = store.num_layers * store.num_experts
-    expert_bytes = pages * store.layout.payload_bytes
+    pages, expert_bytes = store.num_layers * store.num_experts, expert_payload_bytes(store)
     del store
     budget = expert_bytes // 4
     data = texts(AutoTokenizer.from_pretrained(MODEL))
     print(f"store {out / 'store'}: {pages} experts, {format_size(expert_bytes)} in NF4; device budget {budget} bytes")
 
     print("control run: everything runs, nothing is updated")
-    _, control = _run(out / "store", budget, dtype, replace(config, optimizer=None), data, out / "control")
+    _, control = run_once(out / "store", budget, dtype, replace(config, optimizer=None), data, out / "control")
     shutil.rmtree(out / "control")
     gc.collect()
     print("main run")
-    loaded, result = _run(out / "store", budget, dtype, config, data, out / "run")
+    loaded, result = run_once(out / "store", budget, dtype, config, data, out / "run")
     memory, layers = expert_memory(loaded.model), paged_layers(loaded.model)
 
     print("exports, each loaded in plain transformers")
-    routers = {f"{name}.weight": router.weight.detach() for name, router in trained_routers(loaded.model).items()}
+    routers = {
+        f"{name}.weight": router.get_parameter("weight").detach()
+        for name, router in trained_routers(loaded.model).items()
+    }
     exported = {}
     for base in ("original", "dequantized"):
         folder = out / f"export-{base}"
@@ -222,12 +228,15 @@ def _print_table(report: dict[str, Any], config: TrainConfig, expert_bytes: int)
 
 
 def _check(report: dict[str, Any], dtype: torch.dtype) -> None:
-    """What must hold on any machine. Raises RuntimeError naming what does not."""
+    """What must hold on any machine. Raises UsafError naming what does not."""
     tolerance = 1e-4 if dtype == torch.float32 else 2e-3
+    # A router that is to be trained computes in fp32, also in the control: in a bf16 model that alone moves the loss.
+    control_tolerance = tolerance if report["router_trained"] and dtype != torch.float32 else 0.0
     failed = [
         name
         for name, holds in {
-            "the control changed the loss": report["loss_new_control"] == report["loss_new_before"],
+            "the control changed the loss": abs(report["loss_new_control"] - report["loss_new_before"])
+            <= control_tolerance,
             "the new text's loss did not fall": report["loss_new_after"] < report["loss_new_before"],
             "an untrained weight changed": report["untrained_bit_identical"],
             "the device budget was exceeded": report["device_peak_bytes"] <= report["device_budget_bytes"],
@@ -240,4 +249,4 @@ def _check(report: dict[str, Any], dtype: torch.dtype) -> None:
         if not holds
     ]
     if failed:
-        raise RuntimeError(f"the demo failed: {'; '.join(failed)}")
+        raise UsafError(f"the demo failed: {'; '.join(failed)}")

@@ -47,8 +47,8 @@ class PagedLayer:
 
     Callable: `layer(hidden [num_tokens, hidden_size], top_k_index [num_tokens, top_k] int64, top_k_weights
     [num_tokens, top_k])` gives `[num_tokens, hidden_size]` in the dtype of `hidden`, which must be the memory's compute
-    dtype. An index equal to `num_experts` means "not here". Differentiable in `hidden` and `top_k_weights`; the selected
-    neurons' gradients are added to `bank.grad`.
+    dtype. An index equal to `num_experts` means "not here". Differentiable in `hidden` and `top_k_weights`; gradients
+    of the selected neurons are added to `bank.grad`.
 
     Attributes:
         anchor: fp32 Parameter of one element, never updated. It makes autograd run the backward, and its gradient is
@@ -185,7 +185,8 @@ def paged_layers(model: nn.Module) -> list[PagedLayer]:
     Raises:
         ValueError: the model has none.
     """
-    layers = [module.usaf_layer for module in model.modules() if hasattr(module, "usaf_layer")]
+    found = (getattr(module, "usaf_layer", None) for module in model.modules())
+    layers = [layer for layer in found if isinstance(layer, PagedLayer)]
     if not layers:
         raise ValueError("model: expected one with paged experts (load it with quantization_config=UsafConfig(...))")
     return sorted(layers, key=lambda layer: layer.index)

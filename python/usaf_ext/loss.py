@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,10 @@ _LOGIT_SETTINGS = {
     "lm_head_multiplier": 1,
     "output_multiplier_scale": 1,
 }
+
+
+# Models whose use of whole logits was logged.
+_told: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def _chunk_loss(rows: torch.Tensor, head, labels: torch.Tensor) -> torch.Tensor:
@@ -43,7 +49,7 @@ def chunked_cross_entropy(
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    total = torch.zeros((), dtype=torch.float32, device=rows.device)
+    total = rows[:0].float().sum()  # zero, and part of the graph even without rows
     for start in range(0, len(rows), chunk_tokens):
         part, target = rows[start : start + chunk_tokens], labels[start : start + chunk_tokens]
         if torch.is_grad_enabled():
@@ -54,7 +60,7 @@ def chunked_cross_entropy(
     return total, (labels != IGNORE_INDEX).sum()
 
 
-def why_not_chunked(model: torch.nn.Module) -> str | None:
+def why_not_chunked(model: Any) -> str | None:
     """Why logits are more than lm_head(last_hidden_state) in a transformers model, or None when they are just that."""
     base, head = getattr(model, "base_model", None), model.get_output_embeddings()
     if base is None or base is model:
@@ -70,7 +76,7 @@ def why_not_chunked(model: torch.nn.Module) -> str | None:
 
 
 def causal_lm_loss(
-    model: torch.nn.Module,
+    model: Any,
     input_ids: torch.Tensor,
     labels: torch.Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -92,8 +98,8 @@ def causal_lm_loss(
         rows = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         head = model.get_output_embeddings()
     else:
-        if not getattr(model, "_usaf_whole_logits_logged", False):
+        if model not in _told:
             logger.warning("cross-entropy uses the model's whole logits: %s", reason)
-            model._usaf_whole_logits_logged = True
+            _told.add(model)
         rows, head = model(input_ids=input_ids, use_cache=False).logits, None
     return chunked_cross_entropy(rows[:, :-1].reshape(-1, rows.shape[-1]), targets, head, chunk_tokens)

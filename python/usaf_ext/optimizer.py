@@ -85,7 +85,7 @@ class MaskedAdam(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every row whose expert had tokens and of every router weight with a gradient; no host wait."""
         loss = None
         if closure is not None:
@@ -102,7 +102,7 @@ class MaskedAdam(torch.optim.Optimizer):
                     found_inf = torch.maximum(found_inf, (~torch.isfinite(parameter.grad).all()).float())
                     continue
                 bank = self._layers[parameter].bank
-                if bank is None:  # taken out for a router warm-up
+                if bank is None or bank.grad is None:  # taken out for a router warm-up
                     continue
                 norm = torch.linalg.vector_norm(bank.grad, dtype=torch.float64)
                 clipped = parameter.grad.double().reshape(())
@@ -138,6 +138,7 @@ class MaskedAdam(torch.optim.Optimizer):
     ) -> None:
         bank = self._layers[anchor].bank
         assert bank is not None
+        assert bank.grad is not None
         state = self.state[anchor]
         if not state:
             state["step"] = torch.zeros(bank.codes.shape[:2], dtype=torch.int32, device=bank.codes.device)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 DOTS_PER_INCH = 150
 
@@ -57,8 +58,8 @@ def plot_expert_load(path: str | Path, share: torch.Tensor) -> None:
     image = axes.imshow(relative.numpy(), aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
     axes.set_xlabel("expert")
     axes.set_ylabel("MoE layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(f"Tokens per expert over the uniform share (1 = {1 / num_experts:.2%})", fontsize="medium")
     bar = figure.colorbar(image, ax=axes, extend="max")
     bar.set_label("times uniform")

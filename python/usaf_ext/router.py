@@ -62,7 +62,8 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
 
 def trained_routers(model: nn.Module) -> dict[str, nn.Module]:
     """The routers that train_routers made trainable, by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _TrainedRouter)}
+    modules = dict(model.named_modules())
+    return {name: module for name, module in modules.items() if issubclass(type(module), _TrainedRouter)}
 
 
 def train_routers(model: nn.Module) -> dict[str, nn.Module]:

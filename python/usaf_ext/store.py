@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from . import _C, ops
 from .atomic import atomic_directory
@@ -89,6 +90,24 @@ class ExpertStore:
             StoreError: the memory cannot be had.
         """
         return cls(layer_names, num_experts, hidden_size, intermediate_size, format)
+
+    @classmethod
+    def quantize(cls, source: ModelSource, format: str = "nf4") -> ExpertStore:
+        """Quantise a checkpoint's experts, reading one at a time, and seal. Shows a progress bar on a terminal."""
+        store = cls(
+            source.layer_names,
+            source.num_experts,
+            source.hidden_size,
+            source.intermediate_size,
+            format,
+            source_path=str(Path(source.path).resolve()),
+            fingerprint=source.fingerprint,
+        )
+        for layer, expert in tqdm(store._page_list(), f"Quantising experts to {format}", unit="expert", disable=None):
+            store.write_expert(layer, expert, *source.expert(layer, expert))
+        source.close()
+        store.seal()
+        return store
 
     @property
     def bytes(self) -> int:

@@ -8,7 +8,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_source import INDEX_NAME, SINGLE_NAME, STORE_INDEX_NAME, ModelSource
+from .checkpoint_folder import INDEX_NAME, SINGLE_NAME
+from .checkpoint_source import STORE_INDEX_NAME, ModelSource
 from .errors import StoreError
 from .safetensors_io import write_safetensors
 

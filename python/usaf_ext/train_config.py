@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -134,5 +135,9 @@ class TrainConfig:
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         """The schedule over MaskedAdam's groups: routers from the first step, experts after the router's warm-up."""
+
+        def factor(first: int) -> Callable[[int], float]:
+            return lambda step: self.rate(step, first)
+
         firsts = [self.router_warmup_steps if group["name"] == "experts" else 0 for group in optimizer.param_groups]
-        return LambdaLR(optimizer, [lambda step, first=first: self.rate(step, first) for first in firsts])
+        return LambdaLR(optimizer, [factor(first) for first in firsts])

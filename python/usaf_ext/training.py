@@ -160,7 +160,9 @@ class _Trainer:
         for layer in self.layers:
             layer.anchor.requires_grad_(True)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers renames it. Reentrant checkpointing would drop the load-balancing loss's gradient.
+            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     # Beginning
 
@@ -266,7 +268,7 @@ class _Trainer:
         self._set_banks(not warming_up)
         stats_before, start = expert_memory(self.model).stats(), time.perf_counter()
         balance = bool(self.routers) and config.aux_loss_coef > 0
-        step_load = LoadTracker(*self.load.counts.shape, self.device)
+        step_load = LoadTracker(len(self.layers), self.layers[0].num_experts, self.device)
         num_targets = config.gradient_accumulation_steps * config.batch_size * (config.seq_len - 1)
         loss_sum = torch.zeros((), device=self.device)
         aux_sum = torch.zeros((), device=self.device)
@@ -297,19 +299,20 @@ class _Trainer:
         stats = expert_memory(self.model).stats()
         if not math.isfinite(float(loss_sum)):
             raise UsafError(f"the training loss of step {self.step} is {float(loss_sum)}")
-        record = {
+        num_tokens = config.gradient_accumulation_steps * config.batch_size * config.seq_len
+        record: dict[str, Any] = {
             "event": "step",
             "step": self.step,
             "phase": "router_warmup" if warming_up else "train",
             "loss": float(loss_sum),
             "learning_rate": 0.0 if warming_up else rates.get("experts", 0.0),
             "grad_norm": norm if math.isfinite(norm) else None,
-            "tokens": config.gradient_accumulation_steps * config.batch_size * config.seq_len,
+            "tokens": num_tokens,
             "seconds": seconds,
+            "tokens_per_second": num_tokens / seconds,
             "load_entropy": step_load.entropy(),
             **{name: stats[name] - stats_before[name] for name in stats},
         }
-        record["tokens_per_second"] = record["tokens"] / seconds
         if self.routers:
             record["router_learning_rate"] = rates.get("router", 0.0)
         if balance:
@@ -330,7 +333,8 @@ class _Trainer:
 
     def evaluate(self) -> None:
         for name, dataset in self.eval_datasets.items():
-            loss = evaluate(self.model, dataset, self.config.batch_size)
+            sequences = [dataset[i] for i in range(len(dataset))]
+            loss = evaluate(self.model, sequences, self.config.batch_size)
             self._log({"event": "evaluation", "name": name, "loss": loss})
             logger.info("step %d: loss on %s is %.4f", self.step, name, loss)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -148,18 +147,6 @@ def _check_sizes(experts: dict[str, Any], store: ExpertStore, folder: Path) -> N
             raise ValueError(f"{name}.gate_up_proj: the model expects {shape}, {folder} has {expected}")
 
 
-def _quantise(source: ModelSource, format: str) -> ExpertStore:
-    with tqdm(desc=f"Quantising experts to {format}", unit="expert", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        store = ExpertStore.quantize(source, format, progress)
-    source.close()
-    return store
-
-
 @register_quantizer(METHOD)
 class UsafHfQuantizer(HfQuantizer):
     """Takes the experts out of transformers' loading and attaches paged ones. One object per `from_pretrained`."""
@@ -227,7 +214,7 @@ class UsafHfQuantizer(HfQuantizer):
         store = self._opened
         if store is None:
             assert self._source is not None
-            store = _quantise(self._source, self._format)
+            store = ExpertStore.quantize(self._source, self._format)
         memory = ExpertMemory(store, self.quantization_config.device_budget, self._dtype)
         model.requires_grad_(False)
         for name, number in self._numbers.items():

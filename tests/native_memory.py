@@ -1,0 +1,145 @@
+"""The native devices and pager on their own, compiled for the tests (tests/native/memory_harness.cpp), by ctypes.
+
+The extension exposes the pager on the CPU device only. Here the same sources also run on a device that does nothing
+until told to (`lazy`), and on one that is slow or fails (`troubled`).
+CXX and CXXFLAGS are honoured, so that a sanitizer can be added.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from usaf_ext import errors
+
+_ROOT = Path(__file__).resolve().parents[1]
+_SOURCES = (
+    "tests/native/memory_harness.cpp",
+    "cpp/cpu/device.cpp",
+    "cpp/memory/expert_store.cpp",
+    "cpp/memory/expert_pager.cpp",
+)
+_POINTERS = ("create_stream", "create_event", "device_cpu", "device_lazy", "device_troubled", "rig_new")
+_TEXTS = ("last_error_kind", "last_error_text", "device_name")
+_NOTHING = ("device_free", "destroy_stream", "destroy_event", "troubled_refuse", "troubled_fail", "rig_free")
+PHASES = ("inference", "training_forward", "backward")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"no C++ compiler ({compiler[0]})")
+    output = Path(tempfile.mkdtemp(prefix="usaf_harness_")) / "harness.so"
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    try:
+        subprocess.run(
+            [*compiler, *flags, "-I", _ROOT / "cpp", *(_ROOT / source for source in _SOURCES), "-o", output], check=True
+        )
+        library = ctypes.CDLL(str(output))
+    finally:
+        shutil.rmtree(output.parent)
+    for name in _POINTERS:
+        getattr(library, name).restype = ctypes.c_void_p
+    for name in _TEXTS:
+        getattr(library, name).restype = ctypes.c_char_p
+    for name in _NOTHING:
+        getattr(library, name).restype = None
+    return library
+
+
+def _argument(value):
+    return ctypes.c_int64(value) if isinstance(value, int) else value
+
+
+def call(name: str, *arguments):
+    """Call a function of the harness; its error becomes the Python exception that the extension would raise."""
+    library = _library()
+    function = getattr(library, name)
+    if function.restype is ctypes.c_int:
+        function.restype = ctypes.c_int64
+    result = function(*map(_argument, arguments))
+    if (function.restype is ctypes.c_int64 and result == -1) or (name == "rig_new" and result is None):
+        kind, text = library.last_error_kind().decode(), library.last_error_text().decode()
+        raise getattr(errors, kind, ValueError)(text)
+    return result
+
+
+class NativeDevice:
+    """A device: `cpu`, `lazy`, or `troubled` (the CPU's, copying `busy_bytes` of its own before each copy)."""
+
+    def __init__(self, kind: str = "cpu", busy_bytes: int = 0):
+        self.kind = kind
+        self.handle = call(f"device_{kind}", *([busy_bytes] if kind == "troubled" else []))
+
+    def close(self) -> None:
+        call("device_free", self.handle)
+
+    def __getattr__(self, name: str):
+        return lambda *arguments: call(
+            name if name.startswith(("create", "destroy", "troubled", "lazy")) else f"device_{name}",
+            self.handle,
+            *arguments,
+        )
+
+
+class NativePager:
+    """The interface of _C.ExpertPager over any device, on a store whose page i holds the number i throughout."""
+
+    def __init__(self, device: NativeDevice, num_layers: int, num_experts: int, num_slots: int):
+        self.device = device
+        self.num_experts = num_experts
+        self.num_slots = num_slots
+        self.handle = call("rig_new", device.handle, num_layers, num_experts, num_slots)
+        self.page_bytes = call("rig_page_bytes", self.handle)
+
+    def close(self) -> None:
+        call("rig_free", self.handle)
+
+    def prefetch(self, layer: int, experts: list[int], phase: str) -> list[int]:
+        numbers = (ctypes.c_int64 * len(experts))(*experts)
+        tickets = (ctypes.c_int64 * max(len(experts), 1))()
+        count = call("pager_prefetch", self.handle, layer, numbers, len(experts), PHASES.index(phase), tickets)
+        return list(tickets[:count])
+
+    def experts_of(self, ticket: int) -> list[int]:
+        experts = (ctypes.c_int64 * self.num_experts)()
+        return list(experts[: call("pager_experts_of", self.handle, ticket, experts)])
+
+    def wait(self, ticket: int, stream: int | None = None) -> None:
+        call("pager_wait", self.handle, ticket, stream)
+
+    def release(self, ticket: int, stream: int | None = None) -> None:
+        call("pager_release", self.handle, ticket, stream)
+
+    def cancel(self, ticket: int) -> None:
+        call("pager_cancel", self.handle, ticket)
+
+    def reset(self) -> None:
+        call("pager_reset", self.handle)
+
+    def pages(self, ticket: int) -> list[int]:
+        addresses = (ctypes.c_int64 * self.num_slots)()
+        return list(addresses[: call("pager_pages", self.handle, ticket, addresses)])
+
+    def stats(self) -> dict[str, int]:
+        names = ("page_hits", "page_misses", "bytes_in")
+        return {name: call("pager_stat", self.handle, which) for which, name in enumerate(names)}
+
+    def page_is(self, address: int, number: int) -> bool:
+        """Does the slot at `address` hold page `number`, now, as the host sees it?"""
+        return bool(call("page_is", self.handle, address, number))
+
+    def launch_check(self, stream: int, address: int, number: int) -> None:
+        """The same question asked by a kernel on a stream of the lazy device; `wrong_pages` counts the noes."""
+        call("launch_check", self.handle, stream, address, number)
+
+    def wrong_pages(self) -> int:
+        return call("wrong_pages", self.handle)
