@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import usaf_ext
 
 RESULTS = Path(__file__).parent / "results"
 _COPY_BYTES = 512 << 20
@@ -59,10 +60,14 @@ def _cpu_model() -> str:
 
 
 def _environment(config) -> dict:
-    packages = ("torch", "transformers", "bitsandbytes", "usaf_ext")
+    packages = ("torch", "transformers", "bitsandbytes")
     return {
-        "device": f"{_cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_capability()}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "device": f"{_cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "versions": {
+            "usaf_ext": usaf_ext.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
         "command": "pytest " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
         "load_average_at_start": config.usaf_load_average,

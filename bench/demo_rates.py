@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
+from usaf_ext import __version__
 from usaf_ext.checkpoint_source import ModelSource
 from usaf_ext.demo import CONFIG, MODEL, expert_payload_bytes, run_once, texts
 from usaf_ext.store import ExpertStore
@@ -71,7 +72,10 @@ def main() -> None:
                     "seed": config.seed,
                     "device": f"cpu, {platform.machine()}, {torch.get_num_threads()} threads",
                     "load_average_at_start": load_average,
-                    "versions": {name: version(name) for name in ("torch", "transformers", "usaf_ext")},
+                    "versions": {
+                        "usaf_ext": __version__,
+                        **{name: version(name) for name in ("torch", "transformers")},
+                    },
                     "date": datetime.date.today().isoformat(),
                     "command": "python bench/demo_rates.py " + shlex.join(sys.argv[1:]),
                 }
