@@ -8,6 +8,8 @@ for a peer, `["peer"] = True`. GB/s and the share of the copy bandwidth, measure
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -24,6 +26,7 @@ import usaf_ext
 
 RESULTS = Path(__file__).parent / "results"
 _COPY_BYTES = 512 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def pytest_addoption(parser):
@@ -31,7 +34,17 @@ def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=None, help="torch threads (default: all)")
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of mapping new ones: otherwise the page faults of fresh results lead every
+    figure, ours and the peers'. In training the results' memory is reused too."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def pytest_configure(config):
+    _keep_freed_memory()
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
 

@@ -6,6 +6,7 @@
 #include "../numerics/nf4.h"
 #include "../numerics/rng.h"
 #include "codec_row.h"
+#include "decode_avx512.h"
 #include "parallel.h"
 #include "typed.h"
 
@@ -25,17 +26,22 @@ inline void decode_block(const uint8_t* codes, float absmax, int64_t count, T* o
 }
 
 template <class T>
-inline void decode_nf4_row(const uint8_t* codes, const float* absmax, int64_t cols, T* out) {
+void decode_nf4_row(const uint8_t* codes, const float* absmax, int64_t cols, T* out) {
   for (int64_t start = 0, block = 0; start < cols; start += kBlockSize, ++block) {
     decode_block(codes + start / 2, absmax[block], std::min(kBlockSize, cols - start), out + start);
   }
 }
 
-USAF_CLONES void decode_nf4(const uint8_t* codes, const float* absmax, int64_t cols, float* out) {
-  decode_nf4_row(codes, absmax, cols, out);
-}
-USAF_CLONES void decode_nf4(const uint8_t* codes, const float* absmax, int64_t cols, Bf16* out) {
-  decode_nf4_row(codes, absmax, cols, out);
+template <class T>
+void decode_nf4(const uint8_t* codes, const float* absmax, int64_t cols, T* out) {
+  int64_t blocks = 0;  // done by the fast path
+#ifdef USAF_HAS_AVX512_DECODE
+  if (cpu_has_avx512bw()) {
+    blocks = cols / kBlockSize;
+    decode_nf4_blocks(codes, absmax, blocks, out);
+  }
+#endif
+  decode_nf4_row(codes + blocks * kBlockBytes, absmax + blocks, cols - blocks * kBlockSize, out + blocks * kBlockSize);
 }
 
 USAF_CLONES void widen(const Bf16* values, int64_t count, float* out) {
