@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
+from killed import dies_at
 from usaf_ext import atomic
 from usaf_ext.atomic import atomic_directory, atomic_file
 
@@ -140,38 +140,6 @@ def test_special_characters_in_the_name(tmp_path):
         with atomic_file(tmp_path / name) as temporary:
             temporary.write_text("x")
     assert names(tmp_path) == {"a[1]*", "b?.json"}
-
-
-DISK_CALLS = ("fsync", "rename", "replace", "mkdir", "open", "rmdir", "unlink")
-
-
-def dies_at(call: int, work) -> bool:
-    """Run `work` in a child that is killed at its `call`-th call of those that touch the disk. Was it killed?"""
-    child = os.fork()
-    if child == 0:
-        try:
-            left = call
-
-            def deadly(function):
-                def counted(*args, **kwargs):
-                    nonlocal left
-                    left -= 1
-                    if left < 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return function(*args, **kwargs)
-
-                return counted
-
-            for name in DISK_CALLS:
-                setattr(os, name, deadly(getattr(os, name)))
-            atomic._exchange = deadly(atomic._exchange)
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL)
-    return status == signal.SIGKILL
 
 
 @pytest.mark.parametrize("old", [None, "old"])
