@@ -261,8 +261,8 @@ ExpertPager::ExpertPager(std::shared_ptr<Device> device, std::shared_ptr<const E
                       " bytes, got " + std::to_string(num_slots));
   }
   if (!store_->sealed()) throw StoreError("the pager needs a sealed store");
-  if (slab == nullptr || reinterpret_cast<uintptr_t>(slab) % kMatrixAlign != 0) {
-    throw std::invalid_argument("slab: expected a pointer aligned to " + std::to_string(kMatrixAlign) + " bytes");
+  if (slab == nullptr || reinterpret_cast<uintptr_t>(slab) % kPartAlign != 0) {
+    throw std::invalid_argument("slab: expected a pointer aligned to " + std::to_string(kPartAlign) + " bytes");
   }
   state_ = std::make_unique<State>(*device_, *store_, static_cast<uint8_t*>(slab), num_slots);
 }

@@ -12,7 +12,7 @@ namespace usaf {
 
 inline constexpr int64_t kPageAlign = 4096;
 inline constexpr int kMatricesPerExpert = 3;  // gate, up, down^T
-inline constexpr int64_t kMatrixAlign = 64;
+inline constexpr int64_t kPartAlign = 64;
 
 struct PageLayout {
   Format format;
@@ -24,16 +24,15 @@ struct PageLayout {
 
 inline PageLayout make_page_layout(Format format, int64_t hidden_size, int64_t intermediate_size) {
   PageLayout layout{format, hidden_size, intermediate_size, {}, {}, 0, 0};
-  int64_t offset = 0;
+  const int64_t codes = intermediate_size * code_bytes(format, hidden_size);
+  const int64_t absmax = intermediate_size * num_blocks(format, hidden_size) * int64_t{sizeof(float)};
+  const int64_t absmax_begin = round_up(kMatricesPerExpert * codes, kPartAlign);
   for (int matrix = 0; matrix < kMatricesPerExpert; ++matrix) {
-    layout.codes_offset[matrix] = offset;
-    offset = round_up(offset + intermediate_size * code_bytes(format, hidden_size), kMatrixAlign);
-    layout.absmax_offset[matrix] = offset;
-    offset =
-        round_up(offset + intermediate_size * num_blocks(format, hidden_size) * int64_t{sizeof(float)}, kMatrixAlign);
+    layout.codes_offset[matrix] = matrix * codes;
+    layout.absmax_offset[matrix] = absmax_begin + matrix * absmax;
   }
-  layout.payload_bytes = offset;
-  layout.page_bytes = round_up(offset, kPageAlign);
+  layout.payload_bytes = round_up(absmax_begin + kMatricesPerExpert * absmax, kPartAlign);
+  layout.page_bytes = round_up(layout.payload_bytes, kPageAlign);
   return layout;
 }
 

@@ -99,14 +99,13 @@ class Decoder {
 
   // Rows of gate above rows of up: [2 * intermediate_size, hidden_size].
   Tensor gate_up(const uint8_t* page, int64_t expert) {
-    decode(page, expert, 0);
-    decode(page, expert, 1);
+    decode(page, expert, 0, 2);
     return view(0, 2);
   }
 
   // W_down^T: [intermediate_size, hidden_size].
   Tensor down(const uint8_t* page, int64_t expert) {
-    decode(page, expert, 2);
+    decode(page, expert, 2, 1);
     return view(2, 1);
   }
 
@@ -120,13 +119,14 @@ class Decoder {
     return at::from_blob(target(matrix), {count * layout_.intermediate_size, layout_.hidden_size}, options_);
   }
 
-  void decode(const uint8_t* page, int64_t expert, int matrix) {
+  // `count` matrices in one launch: as one GEMM reads them, so that each thread decodes what it will read.
+  void decode(const uint8_t* page, int64_t expert, int matrix, int count) {
     DecodeRowsArgs args{page + layout_.codes_offset[matrix],
                         reinterpret_cast<const float*>(page + layout_.absmax_offset[matrix]),
                         target(matrix),
                         nullptr,
                         nullptr,
-                        layout_.intermediate_size,
+                        count * layout_.intermediate_size,
                         layout_.hidden_size,
                         layout_.hidden_size,
                         layout_.format,
@@ -136,10 +136,13 @@ class Decoder {
     if (bank == nullptr) return;
     args.codes = bank->pointers().codes;
     args.absmax = bank->pointers().absmax;
-    args.row_index = bank->bank_rows(matrix, expert);
     args.out_index = bank->row_targets(expert);
     args.num_rows = bank->first_neuron(expert + 1) - bank->first_neuron(expert);
-    cpu::decode_rows(args, nullptr);
+    for (int overlaid = matrix; overlaid < matrix + count; ++overlaid) {
+      args.out = target(overlaid);
+      args.row_index = bank->bank_rows(overlaid, expert);
+      cpu::decode_rows(args, nullptr);
+    }
   }
 
   ExpertLayer& layer_;
@@ -250,9 +253,11 @@ double bank_gradient_norm(const ExpertLayer& layer) {
   const RowBank* bank = layer.bank.get();
   if (bank == nullptr || bank->pointers().grad == nullptr || bank->num_neurons() == 0) return 0.0;
   const Tensor grad =
-      at::from_blob(bank->pointers().grad, {bank->num_neurons() * kMatricesPerExpert * layer.layout().hidden_size},
+      at::from_blob(bank->pointers().grad, {bank->num_neurons() * kMatricesPerExpert, layer.layout().hidden_size},
                     at::TensorOptions().dtype(at::kFloat));
-  return at::linalg_vector_norm(grad, 2, std::nullopt, false, at::kDouble).item<double>();
+  // Row by row first: each row by one thread, so that the bits do not depend on the number of threads.
+  const Tensor row_norms = at::linalg_vector_norm(grad, 2, {1});
+  return at::linalg_vector_norm(row_norms, 2, std::nullopt, false, at::kDouble).item<double>();
 }
 
 std::tuple<Tensor, Tensor, Tensor> experts_backward(const Tensor& grad_out_in, const Tensor& x_in,
