@@ -25,7 +25,7 @@ def test_a_page_holds_the_encoded_expert(format, hidden_size, intermediate_size,
     store.write_expert(1, 0, *weights)
     rows = [w.float().flatten().clone().view(-1, hidden_size) for w in (weights[0], weights[1], weights[2].T)]
     page, layout, end = bytes(store.native.page(1, 0)), store.layout, 0
-    decoded = []
+    decoded, parts = [], []
     for matrix, weight in enumerate(rows):
         if format == "nf4":
             code, absmax = oracles.encode_nf4(weight)
@@ -34,12 +34,17 @@ def test_a_page_holds_the_encoded_expert(format, hidden_size, intermediate_size,
         else:
             codes, absmax = oracles.pack_bf16(weight), torch.empty(0)
             decoded.append(weight.bfloat16().float())
-        raw = codes.contiguous().numpy().tobytes(), absmax.contiguous().numpy().tobytes()
-        for start, part in zip((layout.codes_offset[matrix], layout.absmax_offset[matrix]), raw):
-            assert start % 64 == 0
-            assert not any(page[end:start])  # gaps are zeros
-            assert page[start : start + len(part)] == part
-            end = start + len(part)
+        parts.append((layout.codes_offset[matrix], codes.contiguous().numpy().tobytes()))
+        parts.append((layout.absmax_offset[matrix], absmax.contiguous().numpy().tobytes()))
+    assert layout.absmax_offset[0] % 64 == 0
+    for start, part in sorted(parts):
+        assert not any(page[end:start])  # gaps are zeros
+        assert page[start : start + len(part)] == part
+        end = start + len(part)
+    codes_bytes, absmax_bytes = (len(part) for _, part in parts[:2])
+    for matrix in range(3):  # as one matrix of 3 * intermediate_size rows
+        assert layout.codes_offset[matrix] == matrix * codes_bytes
+        assert layout.absmax_offset[matrix] == layout.absmax_offset[0] + matrix * absmax_bytes
     assert not any(page[end:])
     assert len(page) == layout.page_bytes
     assert layout.page_bytes % 4096 == 0
