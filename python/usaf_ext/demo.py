@@ -45,6 +45,7 @@ CONFIG = TrainConfig(
     importance_batches=8,
     lr_schedule="constant",
     lr_warmup_steps=10,
+    evaluate_every=50,
     seed=0,
 )
 REPORT = "report.json"

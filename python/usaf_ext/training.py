@@ -367,7 +367,8 @@ class _Trainer:
         collapsed = self.load.collapsed()
         for layer in collapsed:
             logger.warning(
-                "MoE layer %d: %d experts got next to no tokens, %d most of them",
+                "MoE layer %d: load far from even: %d experts with next to no tokens, %d with more than half way from "
+                "the even share to all tokens",
                 layer.layer,
                 len(layer.dead),
                 len(layer.swamping),
