@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import logging
+import platform
 import shutil
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from . import __version__
 from .checkpoint_source import ModelSource
 from .data import PackedDataset
 from .errors import UsafError
@@ -181,6 +185,7 @@ def demo(arguments: argparse.Namespace) -> int:
         ),
     }
     report["seconds"] = time.perf_counter() - started
+    report |= _environment(arguments)
     for plot in ("loss.png", "expert_load.png"):
         shutil.copyfile(out / "run" / plot, out / plot)
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -188,6 +193,17 @@ def demo(arguments: argparse.Namespace) -> int:
     _check(report, dtype)
     print(f"\nwritten: {out / REPORT}, {out / 'loss.png'}, {out / 'expert_load.png'}; the run: {out / 'run'}")
     return 0
+
+
+def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the figures were seen on."""
+    return {
+        "command": f"usaf-ext demo --router {arguments.router} --dtype {arguments.dtype}",
+        "device": f"cpu: {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"usaf_ext": __version__},
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def _print_table(report: dict[str, Any], config: TrainConfig, expert_bytes: int) -> None:
