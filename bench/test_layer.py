@@ -16,7 +16,7 @@ from usaf_ext.bank import RowBank
 from usaf_ext.experts import PagedExperts
 
 DENSITY = 0.01
-ROUNDS = 5
+ROUNDS = 15
 
 
 @pytest.fixture(scope="module")
