@@ -67,6 +67,17 @@ def test_proves_its_result(run):
         AutoModelForCausalLM.from_pretrained(folder / f"export-{base}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("router", "dtype"), [("topk", "float32"), ("frozen", "bfloat16"), ("topk", "bfloat16")])
+def test_whole_run_of_the_other_variants(run, router, dtype, tmp_path):
+    """All steps; the demo itself raises unless control, export, budget and untrained bits hold."""
+    _, main_report = run
+    assert main(["demo", "--out", str(tmp_path / "out"), "--router", router, "--dtype", dtype]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["loss_new_after"] < main_report["loss_new_after"] + 0.05
+    assert report["router_trained"] is (router == "topk")
+
+
 def test_runs_again_in_its_own_folder_in_bf16_with_the_router(run, monkeypatch, tmp_path):
     """A shorter run of the other variant; its own checks (bf16 export within 2e-3, control) must hold too."""
     from dataclasses import replace
