@@ -107,10 +107,18 @@ py::dict stats_dict(const PagerStats& stats) {
 
 void bind_pager(py::module_& m) {
   py::class_<ExpertPager, std::shared_ptr<ExpertPager>>(m, "ExpertPager")
-      .def(py::init([](std::shared_ptr<ExpertStore> store, Address slab, int64_t num_slots) {
-             return std::make_shared<ExpertPager>(make_cpu_device(), std::move(store), pointer<void>(slab), num_slots);
+      .def(py::init([](std::shared_ptr<ExpertStore> store, Address slab, int64_t num_slots, py::object owner) {
+             auto pager =
+                 std::make_unique<ExpertPager>(make_cpu_device(), std::move(store), pointer<void>(slab), num_slots);
+             // The slab's owner outlives the pager and so every copy in flight, whoever holds the pager last.
+             return std::shared_ptr<ExpertPager>(pager.release(),
+                                                 [owner = std::move(owner)](ExpertPager* last) mutable {
+                                                   delete last;
+                                                   py::gil_scoped_acquire gil;
+                                                   owner = py::none();
+                                                 });
            }),
-           py::arg("store"), py::arg("slab"), py::arg("num_slots"))
+           py::arg("store"), py::arg("slab"), py::arg("num_slots"), py::arg("owner") = py::none())
       .def_property_readonly("num_slots", &ExpertPager::num_slots)
       .def_property_readonly("max_group", &ExpertPager::max_group)
       .def(

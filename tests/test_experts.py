@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -279,6 +281,20 @@ def test_bank_overlays_its_rows():
     layer.set_bank(None)
     with torch.no_grad():
         assert torch.equal(experts(hidden, index, top_k_weights), before)
+
+
+def test_the_slab_outlives_the_pager():
+    """Whoever is collected first: copies in flight must not land in freed memory."""
+    experts = module_with_bank(torch.float32)
+    memory = experts.layer.memory
+    slab = weakref.ref(memory._slab)
+    sweep = memory.sweep  # holds the pager alone
+    del experts, memory
+    gc.collect()
+    assert slab() is not None
+    del sweep
+    gc.collect()
+    assert slab() is None
 
 
 def test_opcheck():

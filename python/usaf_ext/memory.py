@@ -39,7 +39,7 @@ class ExpertMemory:
         self._scratch = torch.empty(self._scratch_bytes(store, dtype), dtype=torch.uint8)
         self.device_budget = self.device_bytes if device_budget == "auto" else parse_size(device_budget)
         first_slot = -(-self._slab.data_ptr() // _SLAB_ALIGN) * _SLAB_ALIGN
-        self.pager = _C.ExpertPager(store.native, first_slot, num_slots)
+        self.pager = _C.ExpertPager(store.native, first_slot, num_slots, self._slab)
         self.sweep = _C.ExpertSweep(self.pager)
 
     @classmethod
