@@ -116,6 +116,14 @@ def test_ctrl_c_saves_and_says_how_to_resume(place):
     assert main([*arguments, "--resume"]) == 0
 
 
+def test_a_store_keeps_its_own_format(place, capsys):
+    assert main(["quantize", str(place / "checkpoint"), str(place / "plain_store"), "--format", "bf16"]) == 0
+    capsys.readouterr()
+    in_bf16 = evaluated(place, place / "plain_store", capsys)
+    assert in_bf16 == evaluated(place, place / "checkpoint", capsys, "--format", "bf16")
+    assert in_bf16 != evaluated(place, place / "checkpoint", capsys)
+
+
 def test_jsonl_with_messages(place, capsys):
     assert main(["eval", "--model", str(place / "store"), "--data", str(place / "chat.jsonl"), "--seq-len", "32"]) == 0
     assert "nats a token" in capsys.readouterr().out

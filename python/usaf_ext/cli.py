@@ -64,7 +64,7 @@ def _rate(text: str) -> float:
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a Hugging Face checkpoint, a store or a run folder")
     parser.add_argument(
-        "--format", choices=_C.FORMATS, default="nf4", help="expert format when --model is a checkpoint (default: nf4)"
+        "--format", choices=_C.FORMATS, help="of the experts (default: a store's or run's own, nf4 for a checkpoint)"
     )
     parser.add_argument(
         "--device-budget",
