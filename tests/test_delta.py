@@ -130,6 +130,25 @@ def test_foreign_and_newer(path, tmp_path):
         read_delta(path)
 
 
+def test_a_writer_that_dies_leaves_the_old_one(model, path, monkeypatch):
+    from usaf_ext import delta as module
+
+    before = path.read_bytes()
+
+    def half(tensors, file, metadata):
+        file.write_bytes(before[: len(before) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_delta(path, delta_of(model))
+    assert path.read_bytes() == before
+    with pytest.raises(KeyboardInterrupt):
+        write_delta(path.with_name("new"), delta_of(model))
+    assert not path.with_name("new").exists()
+    read_delta(path)
+
+
 def test_another_base_model_is_refused(path, tmp_path, tiny_checkpoint):
     delta = read_delta(path)
     other = paged_model(make_checkpoint(tmp_path / "other", dtype=torch.float32))

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .atomic import atomic_file
 from .bank import RowBank
 from .errors import StoreError
 from .experts import expert_store, paged_layers
@@ -111,7 +112,7 @@ def delta_of(model: nn.Module) -> Delta:
 
 
 def write_delta(path: str | Path, delta: Delta) -> None:
-    """Write a delta file at `path`, which should be a temporary name (usaf_ext.atomic.atomic_file)."""
+    """Write a delta file, whole or not at all; an older one at `path` is replaced."""
     metadata = {
         "fingerprint": delta.fingerprint,
         "format": delta.format,
@@ -121,7 +122,8 @@ def write_delta(path: str | Path, delta: Delta) -> None:
     }
     tensors = {f"{layer}.{name}": tensor for layer, rows in delta.banks.items() for name, tensor in rows.items()}
     tensors |= {f"{name}.weight": weight for name, weight in delta.routers.items()}
-    write_checked(Path(path), DELTA_KIND, DELTA_FORMAT_VERSION, metadata, tensors)
+    with atomic_file(path) as temporary:
+        write_checked(temporary, DELTA_KIND, DELTA_FORMAT_VERSION, metadata, tensors)
 
 
 def read_delta(path: str | Path) -> Delta:
