@@ -188,15 +188,16 @@ def test_budget_counts_every_byte_and_names_the_smallest():
         ExpertMemory(store, "auto", torch.float16)
 
 
-def two_layers(budget="auto"):
+def several_layers(budget="auto", num_layers=2):
     torch.manual_seed(3)
-    store = ExpertStore.create(["first", "second"], EXPERTS, HIDDEN, INTERMEDIATE, "nf4")
-    for layer in range(2):
+    names = [f"layers.{layer}" for layer in range(num_layers)]
+    store = ExpertStore.create(names, EXPERTS, HIDDEN, INTERMEDIATE, "nf4")
+    for layer in range(num_layers):
         for expert, parts in enumerate(zip(*weights())):
             store.write_expert(layer, expert, *parts)
     store.seal()
     memory = ExpertMemory(store, budget, torch.float32)
-    modules = nn.ModuleList([PagedExperts(PagedLayer(memory, i)) for i in range(2)])
+    modules = nn.ModuleList([PagedExperts(PagedLayer(memory, i)) for i in range(num_layers)])
     for module in modules:
         expert, index = selection()
         module.layer.set_bank(RowBank.from_store(store, module.layer.index, (expert, index)))
@@ -215,9 +216,9 @@ def stacked(modules, hidden, index, top_k_weights, use_checkpoint):
 @pytest.mark.parametrize("budget", ["auto", "smallest"])
 def test_checkpointing_and_accumulation(budget):
     if budget == "smallest":
-        budget = ExpertMemory.smallest_budget(two_layers()[0].layer.store, torch.float32)
+        budget = ExpertMemory.smallest_budget(several_layers()[0].layer.store, torch.float32)
     batches = [(torch.randn(15, HIDDEN), *routing(15, 2), torch.randn(15, HIDDEN)) for _ in range(2)]
-    plain, checkpointed = two_layers("auto"), two_layers(budget)
+    plain, checkpointed = several_layers("auto"), several_layers(budget)
     for hidden, index, top_k_weights, grad in batches:
         stacked(plain, hidden, index, top_k_weights, False).backward(grad)
         stacked(checkpointed, hidden, index, top_k_weights, True).backward(grad)
@@ -226,6 +227,32 @@ def test_checkpointing_and_accumulation(budget):
         assert torch.equal(a.usaf_anchor.grad, b.usaf_anchor.grad)
         # the anchor's increments sum to the norm of what has accumulated
         assert relative_error(a.usaf_anchor.grad, a.layer.bank.grad.double().norm()[None]) < 1e-6
+
+
+@pytest.mark.parametrize("num_tokens", [5, 15], ids=["routed pages only", "all pages, a layer ahead"])
+@pytest.mark.parametrize("num_slots", [2, 5, 8])
+def test_a_training_step_moves_no_page_twice_in_a_sweep(num_slots, num_tokens):
+    """At most 2 (S - R) pages a step from the second on: what does not fit, once up and once down."""
+    num_layers = 3
+    store = several_layers(num_layers=num_layers)[0].layer.store
+    budget = ExpertMemory.smallest_budget(store, torch.float32) + (num_slots - 2) * store.layout.page_bytes
+    modules = several_layers(budget, num_layers)
+    memory = modules[0].layer.memory
+    assert memory.num_slots == num_slots
+    for step in range(4):
+        memory.reset_stats()
+        hidden = torch.randn(num_tokens, HIDDEN)
+        stacked(modules, hidden, *routing(num_tokens, EXPERTS), False).backward(torch.ones_like(hidden))
+        if step:
+            assert 0 < memory.stats()["page_misses"] <= 2 * (num_layers * EXPERTS - num_slots)
+
+
+@pytest.mark.parametrize(("num_tokens", "ahead"), [(15, EXPERTS), (5, 0)])
+def test_many_tokens_fetch_the_next_layer_ahead(num_tokens, ahead):
+    modules = several_layers()
+    with torch.no_grad():
+        modules[0](torch.randn(num_tokens, HIDDEN), *routing(num_tokens, EXPERTS))
+    assert modules[0].layer.memory.stats()["page_misses"] == EXPERTS + ahead
 
 
 def test_accumulates_orthogonal_micro_batches():
