@@ -20,7 +20,7 @@ _SLAB_ALIGN = 64
 _MIN_BUFFERS = 2  # one page is copied while the next is read
 _AUTO_BUFFERS = 16
 _BUFFER_OVERHEAD = 512  # bytes of bookkeeping a host buffer, at most
-_READER_BYTES = 256 << 10  # stacks of the threads that read from disk, and their lists
+_READER_BYTES = 128 << 10  # stacks of the threads that read from disk, and their lists
 
 
 class ExpertMemory:
