@@ -11,7 +11,10 @@ from . import _C, ops
 from .errors import StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .checkpoint_source import ModelSource
+    from .experts import PagedLayer
     from .store import ExpertStore
 
 logger = logging.getLogger(__name__)
@@ -120,13 +123,16 @@ class RowBank:
         )
         self.expert_hit = torch.zeros(num_experts, dtype=torch.uint8)
         self.grad_squares = torch.zeros(num_experts, dtype=torch.float64)
-        self.native = _C.RowBank(
-            format,
-            num_experts,
-            hidden_size,
-            intermediate_size,
-            neuron_expert.tolist(),
-            neuron_index.tolist(),
+        self._host_index = neuron_expert.tolist(), neuron_index.tolist()
+        self.native = self._native()
+
+    def _native(self) -> _C.RowBank:
+        return _C.RowBank(
+            self.format,
+            self.num_experts,
+            self.hidden_size,
+            self.intermediate_size,
+            *self._host_index,
             self.codes.data_ptr(),
             self.absmax.data_ptr(),
             self.grad.data_ptr() if self.grad is not None else 0,
@@ -215,6 +221,11 @@ class RowBank:
         return self.num_neurons * ROWS_PER_NEURON * self.hidden_size
 
     @property
+    def num_candidates(self) -> int:
+        """Weights that could be trained: all of the layer's experts."""
+        return self.num_experts * self.intermediate_size * ROWS_PER_NEURON * self.hidden_size
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors held (the optimizer's moments are its own)."""
         held = (
@@ -242,4 +253,35 @@ class RowBank:
         if self.grad is not None:
             self.grad.zero_()
         self.expert_hit.zero_()
+<<<<<<< HEAD
         self.grad_squares.zero_()
+=======
+
+    def grad_norm(self) -> torch.Tensor:
+        """The Euclidean norm of `grad`, float64, 0-dim. Raises ValueError when the bank is not trainable."""
+        if self.grad is None:
+            raise ValueError(f"the bank of layer {self.layer} is not trainable: it has no gradient")
+        return torch.linalg.vector_norm(self.grad, dtype=torch.float64)
+
+
+def share_gradients(layers: Iterable[PagedLayer]) -> None:
+    """Let the trainable banks of `layers` keep their gradients in one buffer, as large as the largest of them.
+
+    For gradient release: each bank's gradient must be used up (`MaskedAdam.step_layer`, which clears it) before the
+    backward of another layer writes to the buffer. The banks must be in place, and their gradients are cleared.
+    Raises ValueError when no layer has a trainable bank.
+    """
+    trained = [(layer, layer.bank) for layer in layers if layer.bank is not None and layer.bank.grad is not None]
+    if not trained:
+        raise ValueError("layers: none has a trainable bank")
+    if len({bank.grad.dtype for _, bank in trained if bank.grad is not None}) > 1:
+        raise ValueError("layers: their banks' gradients differ in dtype")
+    like = max((bank.grad for _, bank in trained if bank.grad is not None), key=torch.Tensor.numel)
+    buffer = torch.zeros_like(like).reshape(-1)
+    for layer, bank in trained:
+        bank.grad = buffer[: bank.num_parameters].view(bank.num_neurons, ROWS_PER_NEURON, bank.hidden_size)
+        bank.expert_hit.zero_()
+        bank.grad_squares.zero_()
+        bank.native = bank._native()
+        layer.set_bank(bank)
+>>>>>>> main
