@@ -136,7 +136,7 @@ class RowBank:
             self.codes.data_ptr(),
             self.absmax.data_ptr(),
             self.grad.data_ptr() if self.grad is not None else 0,
-            "float32",
+            str(torch.float32 if self.grad is None else self.grad.dtype).removeprefix("torch."),
             self.neuron_expert.data_ptr(),
             self.neuron_index.data_ptr(),
             self.expert_hit.data_ptr(),
@@ -253,9 +253,7 @@ class RowBank:
         if self.grad is not None:
             self.grad.zero_()
         self.expert_hit.zero_()
-<<<<<<< HEAD
         self.grad_squares.zero_()
-=======
 
     def grad_norm(self) -> torch.Tensor:
         """The Euclidean norm of `grad`, float64, 0-dim. Raises ValueError when the bank is not trainable."""
@@ -284,4 +282,3 @@ def share_gradients(layers: Iterable[PagedLayer]) -> None:
         bank.grad_squares.zero_()
         bank.native = bank._native()
         layer.set_bank(bank)
->>>>>>> main
