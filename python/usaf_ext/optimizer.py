@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from . import ops
 from .errors import UsafError
-from .experts import PagedLayer, paged_layers
+from .experts import PagedLayer, check_routes, paged_layers
 from .router import trained_routers
 
 MAX_SKIPPED_STEPS = 10  # non-finite gradients this often in a row are no accident
@@ -56,6 +56,7 @@ class MaskedAdam(torch.optim.Optimizer):
             layers, routers = paged_layers(model), trained_routers(model)
         else:
             layers, routers = list(model), {}
+        self._all_layers = layers
         self._layers = {
             layer.anchor: layer for layer in layers if layer.bank is not None and layer.bank.grad is not None
         }
@@ -86,11 +87,15 @@ class MaskedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every row whose expert had tokens and of every router weight with a gradient; no host wait."""
+        """One update of every row whose expert had tokens and of every router weight with a gradient; no host wait.
+
+        Raises UsafError, changing nothing, when a recompute (gradient checkpointing) routed otherwise than its forward.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_routes(self._all_layers)
         coefficients: dict[nn.Parameter, torch.Tensor] = {}
         found_inf = torch.zeros((), dtype=torch.float32, device=self._changed.device)
         has_gradient = torch.zeros_like(found_inf, dtype=torch.bool)
