@@ -65,7 +65,8 @@ class RowBank:
         codes: uint8 [n, 3, code_bytes]. absmax: float32 [n, 3, num_blocks].
         master: [n, 3, H], bfloat16 or float32, or None.
         grad: float32 [n, 3, H] that the expert layer's backward adds to; None when the bank is not trainable.
-        expert_hit: uint8 [E] on the CPU; backward sets 1 where an expert had tokens.
+        expert_hit: uint8 [E] on the CPU; backward sets 1 where an expert's gradients were added.
+        grad_squares: float64 [E] on the CPU: the sum of squares of each expert's rows of grad, kept by backward.
         native: the C++ view of these tensors.
     """
 
@@ -121,6 +122,7 @@ class RowBank:
             torch.zeros(n, ROWS_PER_NEURON, hidden_size, dtype=torch.float32, device=device) if trainable else None
         )
         self.expert_hit = torch.zeros(num_experts, dtype=torch.uint8)
+        self.grad_squares = torch.zeros(num_experts, dtype=torch.float64)
         self._host_index = neuron_expert.tolist(), neuron_index.tolist()
         self.native = self._native()
 
@@ -134,9 +136,11 @@ class RowBank:
             self.codes.data_ptr(),
             self.absmax.data_ptr(),
             self.grad.data_ptr() if self.grad is not None else 0,
+            str(torch.float32 if self.grad is None else self.grad.dtype).removeprefix("torch."),
             self.neuron_expert.data_ptr(),
             self.neuron_index.data_ptr(),
             self.expert_hit.data_ptr(),
+            self.grad_squares.data_ptr(),
         )
 
     @classmethod
@@ -232,6 +236,7 @@ class RowBank:
             self.master,
             self.grad,
             self.expert_hit,
+            self.grad_squares,
         )
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
@@ -244,10 +249,11 @@ class RowBank:
         return self.master.to(dtype) if self.master is not None else self.decode(dtype)
 
     def zero_grad(self) -> None:
-        """Clear the gradient and the record of experts with tokens."""
+        """Clear the gradient, its sums of squares and the record of experts with tokens."""
         if self.grad is not None:
             self.grad.zero_()
         self.expert_hit.zero_()
+        self.grad_squares.zero_()
 
     def grad_norm(self) -> torch.Tensor:
         """The Euclidean norm of `grad`, float64, 0-dim. Raises ValueError when the bank is not trainable."""
@@ -273,5 +279,6 @@ def share_gradients(layers: Iterable[PagedLayer]) -> None:
     for layer, bank in trained:
         bank.grad = buffer[: bank.num_parameters].view(bank.num_neurons, ROWS_PER_NEURON, bank.hidden_size)
         bank.expert_hit.zero_()
+        bank.grad_squares.zero_()
         bank.native = bank._native()
         layer.set_bank(bank)
