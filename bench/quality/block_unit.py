@@ -76,7 +76,9 @@ class BlockUnit:
         count = max(1, round(density * len(flat)))
         chosen = torch.zeros(len(flat), dtype=torch.bool)
         chosen[torch.sort(flat, descending=True, stable=True).indices[:count]] = True
-        parts = [part.view(scores.shape) for part, scores in zip(chosen.split([s.numel() for s in importance]), importance)]
+        parts = [
+            part.view(scores.shape) for part, scores in zip(chosen.split([s.numel() for s in importance]), importance)
+        ]
         neurons = [part.flatten(2).any(-1).nonzero() for part in parts]
         selection = Selection(
             tuple(index[:, 0].to(torch.int32) for index in neurons),

@@ -212,7 +212,7 @@ QUESTIONS: tuple[Question, ...] = (
         "The peer: LoRA on attention (q, k, v, o)",
         (BASE, "lora_r8", "lora_r32", "lora_r8_and_neurons", "lora_r32_and_neurons", "full"),
         "LoRA is a minimal one written for this study (B = 0 at the start, scale 2), with torch's AdamW, over the same "
-        "NF4 experts. Together with ours, both rates start from each one's own best and are tuned by one common factor.",
+        "NF4 experts. Together with ours, both rates start from each one's own best and are tuned by a common factor.",
     ),
 )
 

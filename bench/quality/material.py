@@ -15,8 +15,6 @@ from usaf_ext.data import PackedDataset
 from usaf_ext.demo import ASSETS, MODEL
 from usaf_ext.evaluation import evaluate
 
-EVALUATION_BATCH = 16
-
 
 @dataclass(frozen=True)
 class Texts:
@@ -58,6 +56,6 @@ def fingerprints(seq_len: int) -> dict[str, str]:
     return {"model_fingerprint": fingerprint, "data_fingerprint": digest.hexdigest()}
 
 
-def losses(model: Any, data: Texts, when: str) -> dict[str, float]:
+def losses(model: Any, data: Texts, when: str, batch_size: int) -> dict[str, float]:
     """Mean loss of each held-out part in nats per token, as {"new_before": ...} for `when` = "before"."""
-    return {f"{name}_{when}": evaluate(model, part, EVALUATION_BATCH) for name, part in data.heldout().items()}
+    return {f"{name}_{when}": evaluate(model, part, batch_size) for name, part in data.heldout().items()}

@@ -168,7 +168,7 @@ def _adamw(parameters: Sequence[nn.Parameter], lr: float, name: str, config: Tra
 
 def _lora(settings: dict[str, Any], config: TrainConfig, rates: dict[str, float], data: Texts) -> Trained:
     model = _quantised(settings)
-    loss = losses(model, data, "before")
+    loss = losses(model, data, "before", config.batch_size)
     _prepare(model, config)
     optimizers: list[torch.optim.Optimizer] = []
     if settings["kind"] == "lora+neurons":
@@ -184,7 +184,7 @@ def _lora(settings: dict[str, Any], config: TrainConfig, rates: dict[str, float]
         add_moments(state, optimizer.state)
     in_banks = sum(bank.num_parameters for bank in banks)
     return Trained(
-        loss | losses(model, data, "after"),
+        loss | losses(model, data, "after", config.batch_size),
         state,
         in_banks + sum(p.numel() for p in parameters),
         in_banks / _expert_weights(model),
@@ -198,7 +198,7 @@ def _expert_weights(model: nn.Module) -> int:
 
 def _block(settings: dict[str, Any], config: TrainConfig, rates: dict[str, float], data: Texts) -> Trained:
     model = _quantised(settings)
-    loss = losses(model, data, "before")
+    loss = losses(model, data, "before", config.batch_size)
     _prepare(model, config)
     _enable_anchors(model)
     unit = BlockUnit(
@@ -219,7 +219,7 @@ def _block(settings: dict[str, Any], config: TrainConfig, rates: dict[str, float
     state = {part: value * share for part, value in state.items()}
     state["bookkeeping"] = BOOKKEEPING_BYTES * unit.num_blocks
     return Trained(
-        loss | losses(model, data, "after"),
+        loss | losses(model, data, "after", config.batch_size),
         state,
         unit.num_parameters,
         unit.num_parameters / _expert_weights(model),
@@ -229,7 +229,7 @@ def _block(settings: dict[str, Any], config: TrainConfig, rates: dict[str, float
 
 def _full(settings: dict[str, Any], config: TrainConfig, rates: dict[str, float], data: Texts) -> Trained:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    loss = losses(model, data, "before")
+    loss = losses(model, data, "before", config.batch_size)
     _prepare(model, config)
     parameters = [p.requires_grad_(True) for name, p in model.named_parameters() if ".experts." in name]
     optimizer = _adamw(parameters, config.learning_rate, "experts", config)
@@ -237,7 +237,9 @@ def _full(settings: dict[str, Any], config: TrainConfig, rates: dict[str, float]
     state = empty_state()
     add_weights(state, parameters)
     add_moments(state, optimizer.state)
-    return Trained(loss | losses(model, data, "after"), state, sum(p.numel() for p in parameters), 1.0, seconds)
+    return Trained(
+        loss | losses(model, data, "after", config.batch_size), state, sum(p.numel() for p in parameters), 1.0, seconds
+    )
 
 
 _KINDS = {"neurons": _neurons, "blocks": _block, "lora": _lora, "lora+neurons": _lora, "full": _full}
