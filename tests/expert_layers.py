@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from usaf_ext import _C
 from usaf_ext.bank import RowBank
 from usaf_ext.experts import PagedExperts, PagedLayer
 from usaf_ext.memory import ExpertMemory
 from usaf_ext.store import ExpertStore
 
 HIDDEN, INTERMEDIATE, EXPERTS = 128, 40, 6
-DTYPES = [torch.float32, torch.bfloat16]
-FORMATS = ["nf4", "bf16"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMATS = list(_C.FORMATS)
 # Relative error of the whole tensor: rounding of the compute dtype through three products.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 
 def relative_error(actual, expected):

@@ -8,7 +8,7 @@ import torch
 from torch.library import opcheck
 from usaf_ext import ops
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # tokens per expert, hidden_size, intermediate_size
 CASES = [
     ([3], 1, 1),
