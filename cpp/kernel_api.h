@@ -128,7 +128,8 @@ struct GluBackwardArgs {
   DType dtype;
 };
 
-// Gradients of the selected neurons of experts [first_expert, first_expert + num_experts), added to grad in fp32.
+// Gradients of the selected neurons of experts [first_expert, first_expert + num_experts), summed in fp32 and then
+// added to grad, rounded once.
 // Neuron i (expert neuron_expert[i], index j = neuron_index[i]) owns three rows of grad:
 //   grad[i, 0] += grad_gate[tokens of the expert, j]^T x, grad[i, 1] += grad_up[.., j]^T x,
 //   grad[i, 2] += weighted_h[.., j]^T grad_out.
@@ -142,20 +143,29 @@ struct RowGradientArgs {
   const int32_t* offsets;        // [num_experts + 1]
   const int32_t* neuron_expert;  // [num_neurons], ascending
   const int32_t* neuron_index;   // [num_neurons]
-  float* grad;                   // [num_neurons, 3, hidden_size]
+  void* grad;                    // [num_neurons, 3, hidden_size] of grad_dtype
   int64_t num_neurons, first_expert, num_experts, hidden_size, intermediate_size;
+  DType dtype, grad_dtype;
+};
+
+// squares[r] = sum of squares of row r, in double.
+struct SquaresOfRowsArgs {
+  const void* rows;  // [num_rows, cols] of dtype
+  double* squares;   // [num_rows]
+  int64_t num_rows, cols;
   DType dtype;
 };
 
-// importance[e, j] += sum of squares of the three gradient rows of neuron j of expert e, without keeping them.
-// Arguments as in RowGradientArgs.
+// importance[e, j] += the sum, over the 3 * hidden_size weights of neuron j of expert e, of gradient^2 (weights null)
+// or |gradient * weight|; the gradients are not kept. Other arguments as in RowGradientArgs.
 struct RowImportanceArgs {
   const void* x;
   const void* grad_out;
   const void* grad_gate_up;
   const void* weighted_h;
   const int32_t* offsets;
-  float* importance;  // [num_experts, intermediate_size], starting at first_expert
+  const void* weights;  // [num_experts, 3, intermediate_size, hidden_size] of dtype, or null
+  float* importance;    // [num_experts, intermediate_size], starting at first_expert
   int64_t num_experts, hidden_size, intermediate_size;
   DType dtype;
 };

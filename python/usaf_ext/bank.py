@@ -54,7 +54,8 @@ class RowBank:
             placement "host", their copies in host memory.
         master: [n, 3, H], bfloat16 or float32, where the placement says, or None.
         grad: float32 or bfloat16 [n, 3, H] that the expert layer's backward adds to; None: the bank is not trainable.
-        expert_hit: uint8 [E] on the CPU; backward sets 1 where an expert had tokens.
+        expert_hit: uint8 [E] on the CPU; backward sets 1 where an expert's gradients were added.
+        grad_squares: float64 [E] on the CPU: the sum of squares of each expert's rows of grad, kept by backward.
         native: the C++ view of these tensors.
     """
 
@@ -120,6 +121,7 @@ class RowBank:
         if master is not None:
             self.master = self._to_host(master) if in_host else master.to(device).contiguous()
         self.expert_hit = torch.zeros(num_experts, dtype=torch.uint8)
+        self.grad_squares = torch.zeros(num_experts, dtype=torch.float64)
         self.grad: torch.Tensor | None = None
         self.grad_buffer: torch.Tensor | None = None
         if trainable and grad_buffer is None:
@@ -144,9 +146,11 @@ class RowBank:
             self.codes.data_ptr(),
             self.absmax.data_ptr(),
             self.grad.data_ptr() if self.grad is not None else 0,
+            str(self.grad_dtype).removeprefix("torch."),
             self.neuron_expert.data_ptr(),
             self.neuron_index.data_ptr(),
             self.expert_hit.data_ptr(),
+            self.grad_squares.data_ptr(),
         )
 
     @classmethod
@@ -246,7 +250,7 @@ class RowBank:
     @property
     def host_bytes(self) -> int:
         """Bytes of the tensors in host memory, whatever the device is."""
-        held = [self.positions, self.expert_hit]
+        held = [self.positions, self.expert_hit, self.grad_squares]
         if self.placement == "host":
             held += [tensor for tensor in self.rows.values() if tensor is not self.codes and tensor is not self.absmax]
         return sum(tensor.nbytes for tensor in held)
@@ -272,21 +276,20 @@ class RowBank:
             self.absmax.copy_(self.state_absmax, non_blocking=True)
 
     def active_rows(self) -> torch.Tensor:
-        """bool [n, 3], where the update runs: rows of experts with tokens since zero_grad."""
+        """bool [n, 3], where the update runs: rows of experts that got gradients since zero_grad."""
         hit = self.expert_hit[self.positions // self.intermediate_size].bool()
         return hit[:, None].expand(-1, ROWS_PER_NEURON).contiguous().to(self.state_device)
 
     def zero_grad(self) -> None:
-        """Clear the gradient and the record of experts with tokens."""
+        """Clear the gradient, its sums of squares and the record of experts that got one."""
         if self.grad is not None:
             self.grad.zero_()
         self.expert_hit.zero_()
+        self.grad_squares.zero_()
 
     def grad_norm(self) -> torch.Tensor:
-        """The Euclidean norm of `grad`, float64, 0-dim. Raises ValueError when the bank is not trainable."""
-        if self.grad is None:
-            raise ValueError(f"the bank of layer {self.layer} is not trainable: it has no gradient")
-        return torch.linalg.vector_norm(self.grad, dtype=torch.float64)
+        """The Euclidean norm of `grad`, float64, 0-dim on `device`, from the sums that backward keeps."""
+        return self.grad_squares.sum().sqrt().to(self.device)
 
     def use_gradient_buffer(self, buffer: torch.Tensor) -> None:
         """Keep the gradient at the beginning of `buffer` (cleared); a layer that holds this bank must be set again.
