@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -250,20 +250,15 @@ class MaskedAdam(torch.optim.Optimizer):
         return self._staging[: bank.num_parameters].view_as(bank.grad).copy_(bank.grad)
 
     @torch.no_grad()
-    def replace_banks(self, banks: Mapping[PagedLayer, RowBank | None]) -> None:
-        """Give layers new banks between steps (re-selection), and set them.
+    def replace_banks(self, banks: Iterable[tuple[PagedLayer, RowBank | None]]) -> None:
+        """Give layers of this optimizer's model new banks between steps (re-selection), and set them, one by one.
 
         Neurons that a layer's present bank has too keep their moments and step counts bit for bit; the others start
-        anew. Raises ValueError, before anything is changed, for a layer that is not of this optimizer's model, and when
-        no trainable bank would be left.
+        anew. Raises ValueError for a layer of another model.
         """
-        strange = [layer.index for layer in banks if not any(layer is known for known in self._all_layers)]
-        if strange:
-            raise ValueError(f"banks: layers {strange} do not belong to the model of this optimizer")
-        after = [banks.get(layer, layer.bank) for layer in self._all_layers]
-        if self._layers and not any(bank is not None and bank.grad is not None for bank in after):
-            raise ValueError("banks: no trainable bank would be left")
-        for layer, bank in banks.items():
+        for layer, bank in banks:
+            if not any(layer is known for known in self._all_layers):
+                raise ValueError(f"banks: layer {layer.index} does not belong to the model of this optimizer")
             state = self.state.pop(layer.anchor, {})
             if state and bank is not None:
                 assert layer.bank is not None
