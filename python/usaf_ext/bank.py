@@ -46,10 +46,10 @@ class RowBank:
     and scales; the update runs on the CPU, `grad` crosses to it and the new codes come back (`publish`).
 
     Attributes (n neurons, E experts, H hidden_size; on `device` unless said otherwise):
-        layer: MoE layer number. format: as the store's. mode: "master" or "in_place".
+        layer: MoE layer number. format: one of `_C.FORMATS`. mode: "master" or "in_place".
         rounding: "stochastic" or "nearest", of mode "in_place". placement: "device" or "host".
         neuron_expert, neuron_index: int32 [n], sorted by (expert, neuron).
-        codes: uint8 [n, 3, code_bytes]. absmax: float32 [n, 3, num_blocks].
+        codes: uint8 [n, 3, code_bytes]. absmax: ops.scale_dtype(format) [n, 3, num_blocks].
         state_codes, state_absmax: what the optimizer updates: codes and absmax themselves or, of a trainable bank in
             placement "host", their copies in host memory.
         master: [n, 3, H], bfloat16 or float32, where the placement says, or None.
@@ -94,7 +94,7 @@ class RowBank:
         n = len(neuron_expert)
         expected: list[tuple[str, torch.Tensor, tuple[torch.dtype, ...], tuple[int, ...]]] = [
             ("codes", codes, (torch.uint8,), (n, ROWS_PER_NEURON, _C.code_bytes(format, hidden_size))),
-            ("absmax", absmax, (torch.float32,), (n, ROWS_PER_NEURON, _C.num_blocks(format, hidden_size))),
+            ("absmax", absmax, (ops.scale_dtype(format),), (n, ROWS_PER_NEURON, _C.num_blocks(format, hidden_size))),
         ]
         if master is not None:
             expected.append(("master", master, tuple(MASTER_DTYPES.values()), (n, ROWS_PER_NEURON, hidden_size)))
@@ -261,7 +261,7 @@ class RowBank:
         return self.device_bytes + self.host_bytes
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights the model computes with: decoded codes, [n, 3, H] in `dtype` (float32 or bfloat16)."""
+        """The weights the model computes with: decoded codes, [n, 3, H] in `dtype` (float32, bfloat16 or float16)."""
         return ops.dequantize_blocks(self.codes, self.absmax, self.hidden_size, self.format, dtype=dtype)
 
     def trained_rows(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from . import ops
 from .bank import RowBank, host_memory
 from .errors import UsafError
-from .experts import PagedLayer, paged_layers
+from .experts import PagedLayer, check_routes, paged_layers
 from .router import trained_routers
 
 MOMENTS = ("fp32",)
@@ -126,11 +126,14 @@ class MaskedAdam(torch.optim.Optimizer):
 
         Layers that `step_layer` updated since the last step are done; were their gradients not finite, the rest is
         skipped too.
+
+        Raises UsafError, changing nothing, when a recompute (gradient checkpointing) routed otherwise than its forward.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_routes(self._all_layers)
         coefficients: dict[nn.Parameter, torch.Tensor] = {}
         found_inf = self._released_inf.clone()
         for group in self.param_groups:
