@@ -38,8 +38,8 @@ class MaskedAdam(torch.optim.Optimizer):
     Parameter groups: "experts" holds the anchors of the layers with a bank, "router" the fp32 router weights (absent
     when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first
     step. torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's
-    gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and so does
-    a ratio that is 1 but for rounding).
+    gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and
+    so does a ratio that is 1 but for rounding).
 
     Rows of experts without tokens since the last step keep every bit. If any gradient is not finite, the whole step is
     skipped and no bit changes. `step` clears bank gradients and anchor gradients; router gradients are left to

@@ -271,7 +271,13 @@ class _Trainer:
         step_load = LoadTracker(len(self.layers), self.layers[0].num_experts, self.device)
         batches = [self._batch(next(self.order)) for _ in range(config.gradient_accumulation_steps)]
         losses = run_micro_batches(
-            self.model, batches, self.layers, balanced, config.aux_loss_coef, (step_load, self.load)
+            self.model,
+            batches,
+            self.layers,
+            balanced,
+            config.aux_loss_coef,
+            (step_load, self.load),
+            order=config.accumulation_order,
         )
         loss = float(losses.loss)
         with_gradient = [p for p in self.clipped if p.grad is not None]
