@@ -170,6 +170,11 @@ class PagedLayer:
         self.native.set_threshold(alpha, 0 if counts is None else counts.data_ptr())
         self._threshold_counts = counts
 
+    @property
+    def num_masked(self) -> int:
+        """How often so far the threshold left the bank without the gradient of an expert's tokens in a micro-batch."""
+        return self.native.num_masked
+
     def begin_importance(self, metric: str = "gradient") -> Tensor:
         """Zeros of shape [num_experts, intermediate_size], fp32, to which every later backward adds each neuron's
         importance (over its gate row, up row and down column), until `end_importance`.

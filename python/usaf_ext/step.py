@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .experts import PagedLayer
+from .gumbel import GumbelNoise
 from .loss import causal_lm_loss
 from .router import LoadTracker, load_balancing_loss, record_routers
 
@@ -33,16 +34,19 @@ def run_micro_batches(
     balanced_routers: Mapping[str, nn.Module],
     aux_loss_coef: float,
     trackers: Sequence[LoadTracker],
+    gumbel: GumbelNoise | None = None,
 ) -> StepLosses:
     """Forward and backward of each micro-batch in turn; gradients are added to the banks, anchors and routers.
 
     batches: int64 [batch_size, seq_len] each. balanced_routers: those under the load-balancing loss, none for no such
-    loss. trackers: each is given every micro-batch's tokens per expert.
+    loss. trackers: each is given every micro-batch's tokens per expert. gumbel: told which micro-batch is run.
     """
     num_targets = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     loss_sum = torch.zeros((), device=batches[0].device)
     aux_sum = torch.zeros((), device=batches[0].device)
-    for input_ids in batches:
+    for number, input_ids in enumerate(batches):
+        if gumbel is not None:
+            gumbel.micro_batch = number
         with record_routers(balanced_routers) as routed:
             total, _count = causal_lm_loss(model, input_ids)
         for tracker in trackers:
