@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-ROUTER_MODES = ("frozen", "topk")
+ROUTER_MODES = ("frozen", "topk", "gumbel")
 _ROUTER_NAMES = ("gate", "router")  # what families call the sibling of `experts`
 
 

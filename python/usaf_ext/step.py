@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .experts import PagedLayer
+from .gumbel import GumbelNoise
 from .layer_major import run_together
 from .loss import causal_lm_loss
 from .router import LoadTracker, load_balancing_loss, record_routers
@@ -68,7 +69,7 @@ def run_micro_batches(
     *,
     order: str = "micro_batch",
     scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
-    on_micro_batch: Callable[[int], None] = lambda number: None,
+    gumbel: GumbelNoise | None = None,
     after_backward: Callable[[int], None] = lambda handle: None,
 ) -> StepLosses:
     """Forward and backward of all micro-batches; gradients are added to the banks, anchors and routers.
@@ -81,7 +82,7 @@ def run_micro_batches(
         balanced_routers: those under the load-balancing loss, none for no such loss.
         trackers: each is given every micro-batch's tokens per expert.
         scale: from a loss to what backward starts from (loss scaling).
-        on_micro_batch: called with the number of the micro-batch whenever one begins or goes on.
+        gumbel: told which micro-batch runs.
         after_backward: order "layer" only: called with a layer's handle once all its gradients are in its bank.
     """
     num_targets = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
@@ -102,7 +103,8 @@ def run_micro_batches(
     @contextlib.contextmanager
     def while_running(number: int) -> Iterator[None]:
         with random_streams.of(number):
-            on_micro_batch(number)
+            if gumbel is not None:
+                gumbel.micro_batch = number
             yield
 
     def count_tokens(num_tokens: int) -> None:
