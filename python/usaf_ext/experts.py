@@ -316,6 +316,12 @@ def paged_layers(model: nn.Module) -> list[PagedLayer]:
     return sorted(layers, key=lambda layer: layer.index)
 
 
+def trained_banks(model: nn.Module) -> list[RowBank]:
+    """All that was learnt in a model's experts: its banks and those that re-selection froze, layer by layer."""
+    banks = (bank for layer in paged_layers(model) for bank in (layer.bank, layer.frozen_bank))
+    return [bank for bank in banks if bank is not None]
+
+
 def expert_memory(model: nn.Module) -> ExpertMemory:
     """The device memory that a model's expert layers share."""
     return paged_layers(model)[0].memory
