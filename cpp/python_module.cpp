@@ -201,6 +201,7 @@ void bind_layer(py::module_& m) {
             self.set_threshold(alpha, pointer<const int64_t>(counts));
           },
           py::arg("alpha"), py::arg("counts_ptr"))
+      .def_readonly("num_masked", &ExpertLayer::num_masked)
       .def(
           "set_importance",
           [](ExpertLayer& self, Address address, const std::string& metric) {

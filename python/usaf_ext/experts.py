@@ -180,6 +180,11 @@ class PagedLayer:
         self.native.set_threshold(alpha, 0 if counts is None else counts.data_ptr())
         self._threshold_counts = counts
 
+    @property
+    def num_masked(self) -> int:
+        """How often so far the threshold left the bank without the gradient of an expert's tokens in a micro-batch."""
+        return self.native.num_masked
+
     def note_route(self, forward: Tensor, recomputed: Tensor) -> None:
         """Compare the top-k index of a forward with that of its recompute, on the device; see `check_routes`."""
         if self._rerouted is None:

@@ -46,7 +46,8 @@ class MaskedAdam(torch.optim.Optimizer):
 
     Parameter groups: "experts" holds the anchors of the layers with a bank, "router" the fp32 router weights (absent
     when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first
-    step where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once. torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's
+    step where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once.
+    torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's
     gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and
     so does a ratio that is 1 but for rounding).
 
