@@ -22,6 +22,8 @@ _AUTO_BUFFERS = 16
 _BUFFER_OVERHEAD = 512  # bytes of bookkeeping a host buffer, at most
 _READER_BYTES = 128 << 10  # stacks of the threads that read from disk, and their lists
 
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class ExpertMemory:
     """Page slots and decode scratch of one model, and the pager that fills them from an `ExpertStore`.
@@ -31,7 +33,7 @@ class ExpertMemory:
         device_budget: bytes for the slot slab and the decode scratch together (an int, a text such as "12GiB"), or
             "auto": room for every page, but on the CPU, where pages are copies of what is in memory already, for two
             layers' pages.
-        dtype: compute dtype, torch.float32 or torch.bfloat16.
+        dtype: compute dtype, torch.float32, torch.bfloat16 or torch.float16.
         host_budget: bytes (an int, or a text such as "12GiB") that store, host buffers and what `reserve_host` sets
             aside may take together of the process's memory; None: no limit. A store in memory must fit. Of a store on
             disk, as many pages are kept in host buffers as fit; None: 16.
@@ -47,8 +49,6 @@ class ExpertMemory:
         dtype: torch.dtype = torch.float32,
         host_budget: int | str | None = None,
     ):
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         num_slots = self.slots_for(store, device_budget, dtype)
         num_buffers = self.buffers_for(store, host_budget)
         self.store = store
@@ -76,8 +76,8 @@ class ExpertMemory:
             TypeError, ValueError: an unsupported dtype, a budget that is no size.
             BudgetError: the budget is too small.
         """
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+        if dtype not in COMPUTE_DTYPES:
+            raise TypeError(f"dtype: expected one of {COMPUTE_DTYPES}, got {dtype}")
         page_bytes = store.layout.page_bytes
         scratch_bytes = cls._scratch_bytes(store, dtype)
         num_pages = store.num_layers * store.num_experts
