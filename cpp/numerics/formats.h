@@ -27,8 +27,15 @@ USAF_HD constexpr int64_t num_blocks(Format format, int64_t cols) {
   return format == Format::bf16 ? 0 : (cols + kBlockSize - 1) / kBlockSize;
 }
 
+USAF_HD constexpr int64_t scale_bytes(Format) { return 4; }
+
+// Bytes of `cols` codes, without the padding.
+USAF_HD constexpr int64_t used_bytes(Format format, int64_t cols) {
+  return format == Format::bf16 ? 2 * cols : (cols + 1) / 2;
+}
+
 USAF_HD constexpr int64_t code_bytes(Format format, int64_t cols) {
-  return round_up(format == Format::bf16 ? 2 * cols : (cols + 1) / 2, kRowAlign);
+  return round_up(used_bytes(format, cols), kRowAlign);
 }
 
 static_assert(code_bytes(Format::nf4, 2048) == 1024 && num_blocks(Format::nf4, 2048) == 32);
