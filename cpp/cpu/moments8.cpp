@@ -19,10 +19,6 @@ USAF_CLONES float encode_moments(const Dynamic8& map, const float* __restrict mo
   uint32_t largest = 0;  // as ordered bits: a NaN above infinity above every number
   for (int64_t i = 0; i < count; ++i) largest = std::max(largest, float_bits(moments[i]) & 0x7fffffffu);
   const float absmax = bits_float(largest);
-  if (absmax == 0.0f) {
-    std::memset(codes, 0, static_cast<size_t>(count));
-    return absmax;
-  }
   const float inverse = dynamic8_inverse_scale(absmax);
   for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(dynamic8_encode(map, moments[i] * inverse));
   return absmax;

@@ -3,11 +3,14 @@
 //
 // Map: seven decades 10^-6 .. 10^0; decade i holds the 2^i (signed) or 2^(i+1) (unsigned) midpoints of equal parts of
 // [0.1, 1]; beside them 0 and 1; signed: the decades' negatives too. Evaluated with the roundings of bitsandbytes'
-// create_dynamic_map, whose 256 floats it equals. Encode: the entry nearest to x * (1 / max(absmax, 1e-38)), ties to
-// the lower one; a block of zeros has absmax 0 and code 0. Decode: map[code] * absmax. A block with a NaN or an
-// infinity has that as its absmax, so it decodes to no number.
+// create_dynamic_map, whose 256 floats it equals.
+//
+// Formula: code = number of bounds below x * (1 / max(absmax, 1e-38)), the bounds being the fp32 middles of neighbours;
+// decode = map[code] * absmax. This is bitsandbytes' reference (its default backend) and its CUDA kernel; its CPU
+// kernel for fp32 looks codes up in 2^16 equal bins of [-1, 1] instead, in which a 0 becomes 2e-5 * absmax: an exp_avg
+// that drifts, so it is not followed. A block with a NaN or an infinity has that as its absmax: it decodes to no
+// number.
 #pragma once
-#include <bit>
 #include <cstdint>
 
 #include "bfloat16.h"
@@ -33,15 +36,6 @@ constexpr float tenth_to_one(int k, int n) {
                          : static_cast<float>(1.0 - double{step} * (n - k));
 }
 
-// The largest float that is not above the middle of a < b: nothing between two neighbours is then closer to the other.
-constexpr float lower_middle(float a, float b) {
-  const double middle = (double{a} + double{b}) / 2;
-  const float rounded = static_cast<float>(middle);
-  if (double{rounded} <= middle) return rounded;
-  const uint32_t bits = std::bit_cast<uint32_t>(rounded);
-  return std::bit_cast<float>(rounded > 0 ? bits - 1 : bits + 1);
-}
-
 constexpr Dynamic8 make_dynamic8(bool is_signed) {
   constexpr float kDecades[7] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
   Dynamic8 map{};
@@ -56,7 +50,7 @@ constexpr Dynamic8 make_dynamic8(bool is_signed) {
   }
   map.value[code] = 1.0f;
   for (int i = 0; i < zero; ++i) map.value[i] = -map.value[2 * zero - i];
-  for (int i = 0; i < 255; ++i) map.bound[i] = lower_middle(map.value[i], map.value[i + 1]);
+  for (int i = 0; i < 255; ++i) map.bound[i] = (map.value[i] + map.value[i + 1]) / 2.0f;
   return map;
 }
 
@@ -67,7 +61,6 @@ inline constexpr Dynamic8 kDynamic8Unsigned = detail::make_dynamic8(false);  // 
 static_assert(kDynamic8Signed.value[127] == 0.0f && kDynamic8Signed.value[255] == 1.0f);
 static_assert(kDynamic8Unsigned.value[0] == 0.0f && kDynamic8Unsigned.value[255] == 1.0f);
 
-// A block of zeros (absmax 0) takes code 0 without asking.
 USAF_HD float dynamic8_inverse_scale(float absmax) { return 1.0f / (absmax > 1e-38f ? absmax : 1e-38f); }
 
 // `normalized` = x * dynamic8_inverse_scale(absmax). A bisection over the bounds.
