@@ -163,7 +163,7 @@ void bind_layer(py::module_& m) {
                        Address expert_hit) {
              return std::make_shared<RowBank>(
                  parse_format(format), num_experts, hidden_size, intermediate_size, neuron_expert, neuron_index,
-                 BankPointers{pointer<const uint8_t>(codes), pointer<const float>(absmax), pointer<float>(grad),
+                 BankPointers{pointer<const uint8_t>(codes), pointer<const void>(absmax), pointer<float>(grad),
                               pointer<const int32_t>(neuron_expert_ptr), pointer<const int32_t>(neuron_index_ptr),
                               pointer<uint8_t>(expert_hit)});
            }),
@@ -213,6 +213,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "num_blocks", [](const std::string& format, int64_t cols) { return num_blocks(parse_format(format), cols); },
       py::arg("format"), py::arg("cols"));
+  m.def(
+      "scale_dtype",
+      [](const std::string& format) { return scale_bytes(parse_format(format)) == 2 ? "float16" : "float32"; },
+      py::arg("format"));
   bind_store(m);
   bind_pager(m);
   bind_layer(m);

@@ -45,6 +45,10 @@ USAF_CLONES void gradient_tile(const float* coefficient, const Bf16* rows, int64
                                GradientTile& tile) {
   full_tile(coefficient, rows, stride, num_tokens, tile);
 }
+USAF_CLONES void gradient_tile(const float* coefficient, const F16* rows, int64_t stride, int64_t num_tokens,
+                               GradientTile& tile) {
+  full_tile(coefficient, rows, stride, num_tokens, tile);
+}
 
 template <class T>
 void tail_tile(const float* coefficient, const T* rows, int64_t stride, int64_t num_tokens, int64_t num_columns,

@@ -13,7 +13,7 @@ namespace usaf {
 
 struct BankPointers {
   const uint8_t* codes = nullptr;  // [num_neurons, 3, code_bytes]
-  const float* absmax = nullptr;   // [num_neurons, 3, num_blocks]
+  const void* absmax = nullptr;    // [num_neurons, 3, num_blocks] of scale_bytes(format) each
   float* grad = nullptr;           // [num_neurons, 3, hidden_size], or null: nothing of this layer is being trained
   const int32_t* neuron_expert = nullptr;  // [num_neurons]
   const int32_t* neuron_index = nullptr;   // [num_neurons]

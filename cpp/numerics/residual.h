@@ -4,12 +4,13 @@
 //
 // Formula: weight = value(code) * step + residual * unit, unit = gap(code) * step / 127, where gap(code) is half the
 // way to the farther neighbour of the code. Rounding to nearest errs by at most that, so 127 units hold every error,
-// and the unit is as fine as the code's own surroundings allow: absmax / 840 (outermost) to absmax / 3191 (innermost)
-// for NF4, absmax / 32258 for int8, and 1 / 254 of the number's own last place for fp8 and bf16.
+// and the unit is as fine as the code's own surroundings allow: absmax / 840 (outermost) to absmax / 3191 (around 0)
+// for NF4, absmax / 32258 for int8, 1 / 254 of the code's own last place for fp8 and bf16.
 #pragma once
 #include <cstdint>
 
 #include "bfloat16.h"
+#include "float_bits.h"
 #include "formats.h"
 #include "host_device.h"
 #include "nf4.h"
@@ -24,10 +25,23 @@ USAF_HD constexpr float nf4_gap(int code) {
   return 0.5f * (below > above ? below : above);
 }
 
-// Half of a bfloat16's last place; of 2^-95's where the number is smaller, so that no unit is subnormal.
-USAF_HD float bf16_gap(Bf16 code) {
-  const uint32_t exponent = (code.bits >> 7) & 0xffu;
-  return bits_float(((exponent > 32u ? exponent : 32u) - 8u) << 23);
+// In steps; for bf16 in weights. bf16 codes below 2^-95 take the gap of 2^-95, so that no unit is subnormal.
+template <Format kFormat>
+USAF_HD float residual_gap(uint32_t code) {
+  if constexpr (is_nf4(kFormat)) {
+    constexpr float gaps[16] = {nf4_gap(0),  nf4_gap(1),  nf4_gap(2),  nf4_gap(3), nf4_gap(4),  nf4_gap(5),
+                                nf4_gap(6),  nf4_gap(7),  nf4_gap(8),  nf4_gap(9), nf4_gap(10), nf4_gap(11),
+                                nf4_gap(12), nf4_gap(13), nf4_gap(14), nf4_gap(15)};
+    return gaps[code];
+  } else if constexpr (kFormat == Format::int8) {
+    return 0.5f;
+  } else if constexpr (kFormat == Format::fp8) {
+    const uint32_t exponent = (code >> 3) & 0xfu;
+    return bits_float(((exponent > 1u ? exponent : 1u) + 127u - 7u - 4u) << 23);
+  } else {
+    const uint32_t exponent = (code >> 7) & 0xffu;
+    return bits_float(((exponent > 32u ? exponent : 32u) - 8u) << 23);
+  }
 }
 
 // Never 0, so that a block of zeros divides.

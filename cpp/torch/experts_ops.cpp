@@ -29,7 +29,9 @@ namespace {
 
 using at::Tensor;
 
-at::ScalarType scalar_type(DType dtype) { return dtype == DType::f32 ? at::kFloat : at::kBFloat16; }
+at::ScalarType scalar_type(DType dtype) {
+  return dtype == DType::f32 ? at::kFloat : dtype == DType::bf16 ? at::kBFloat16 : at::kHalf;
+}
 
 bool in_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
 
@@ -122,7 +124,7 @@ class Decoder {
   // `count` matrices in one launch: as one GEMM reads them, so that each thread decodes what it will read.
   void decode(const uint8_t* page, int64_t expert, int matrix, int count) {
     DecodeRowsArgs args{page + layout_.codes_offset[matrix],
-                        reinterpret_cast<const float*>(page + layout_.absmax_offset[matrix]),
+                        page + layout_.absmax_offset[matrix],
                         target(matrix),
                         nullptr,
                         nullptr,

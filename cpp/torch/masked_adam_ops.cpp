@@ -39,6 +39,12 @@ const T* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
 }
 
+DType check_f32_or_bf16(const Tensor& tensor, const char* name) {
+  const at::ScalarType type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16, name, ": expected Float or BFloat16, got ", type);
+  return type == at::kFloat ? DType::f32 : DType::bf16;
+}
+
 template <class T>
 T* mutable_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->mutable_data_ptr<T>() : nullptr;
@@ -79,12 +85,12 @@ void masked_adam_(const Tensor& codes, const Tensor& absmax, const Tensor& exp_a
   const AdamMode mode = checked(parse_adam_mode, mode_name);
   check_scalars(lr, beta1, beta2, eps, weight_decay, first_element);
   TORCH_CHECK_VALUE(mode != AdamMode::eco || beta1 > 0, "beta1: expected more than 0 in mode 'eco', got ", beta1);
-  const DType grad_dtype = check_float(grad_in, "grad");
+  const DType grad_dtype = check_f32_or_bf16(grad_in, "grad");
   TORCH_CHECK_VALUE(grad_in.dim() >= 2, "grad: expected shape [rows.., cols], got ", grad_in.sizes());
   const at::IntArrayRef rows = grad_in.sizes().slice(0, grad_in.dim() - 1);
   const int64_t cols = grad_in.size(-1);
   check_writable(codes, "codes", at::kByte, with_last(rows, code_bytes(format, cols)));
-  check_writable(absmax, "absmax", at::kFloat, with_last(rows, num_blocks(format, cols)));
+  check_writable(absmax, "absmax", scale_type(format), with_last(rows, num_blocks(format, cols)));
   check_moment(exp_avg, "exp_avg", exp_avg_absmax, "exp_avg_absmax", grad_in.sizes(), codes);
   check_moment(exp_avg_sq, "exp_avg_sq", exp_avg_sq_absmax, "exp_avg_sq_absmax", grad_in.sizes(), codes);
   check_writable(step, "step", at::kInt, rows);
@@ -95,7 +101,7 @@ void masked_adam_(const Tensor& codes, const Tensor& absmax, const Tensor& exp_a
   check_mode_state(residual, "residual", mode == AdamMode::residual, mode_name);
   DType master_dtype = DType::f32;
   if (master.has_value()) {
-    master_dtype = check_float(*master, "master");
+    master_dtype = check_f32_or_bf16(*master, "master");
     check_writable(*master, "master", master->scalar_type(), grad_in.sizes());
     check_device(*master, "master", codes);
   }

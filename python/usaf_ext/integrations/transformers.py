@@ -42,7 +42,7 @@ class UsafConfig(QuantizationConfigMixin):
     """How to hold and page the experts of a model.
 
     Args:
-        format: weight format of the experts, "nf4" or "bf16". None: a store's own, "nf4" for a plain checkpoint.
+        format: weight format of the experts, one of `_C.FORMATS`. None: a store's own, "nf4" for a plain checkpoint.
         device_budget: bytes for page slots and decode scratch together, an int or a text such as "12GiB", or "auto".
         originals: folder of the original checkpoint, where a store was moved away from the one it was made of.
 
