@@ -252,9 +252,9 @@ class PagedExperts(nn.Module):
         Args:
             gate, up: [num_experts, intermediate_size, hidden_size], any floating dtype.
             down: [num_experts, hidden_size, intermediate_size].
-            format: "nf4" or "bf16".
+            format: "nf4", "nf4_f16", "int8", "fp8" or "bf16".
             device_budget: see `ExpertMemory`.
-            dtype: compute dtype (torch.float32 or torch.bfloat16); the weights' own by default.
+            dtype: compute dtype (torch.float32, torch.bfloat16 or torch.float16); the weights' own by default.
             activation: "silu" or "gelu_tanh".
 
         Raises:
