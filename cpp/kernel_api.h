@@ -12,7 +12,7 @@
 
 namespace usaf {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 inline constexpr int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 enum class Activation : int32_t { silu = 0, gelu_tanh = 1, swiglu_clamped = 2 };
@@ -20,11 +20,11 @@ enum class AdamMode : int32_t { master = 0, in_place = 1 };
 
 // Encode `num_rows` rows of `cols` weights. Row r reads weight + r * weight_stride elements and writes row
 // `row_index ? row_index[r] : r` of codes/absmax (strides are code_bytes(format, cols) and num_blocks(format, cols)).
-// Bytes: cols * element_size + code_bytes + 4 * num_blocks a row.
+// Bytes: cols * element_size + code_bytes + scale_bytes(format) * num_blocks a row.
 struct EncodeRowsArgs {
   const void* weight;        // [num_rows, cols] of weight_dtype
   uint8_t* codes;            // [.., code_bytes]
-  float* absmax;             // [.., num_blocks]; may be null for bf16
+  void* absmax;              // [.., num_blocks] of scale_bytes(format) each; may be null for bf16
   const int64_t* row_index;  // [num_rows] or null
   int64_t num_rows, cols, weight_stride;
   Format format;
@@ -32,10 +32,10 @@ struct EncodeRowsArgs {
 };
 
 // Decode `num_rows` rows: row `row_index ? row_index[r] : r` of codes/absmax goes to row `out_index ? out_index[r] : r`
-// of out. The value is fp32 code * absmax, rounded to out_dtype.
+// of out. The value is fp32 (numerics/block_codec.h), rounded to out_dtype.
 struct DecodeRowsArgs {
   const uint8_t* codes;
-  const float* absmax;
+  const void* absmax;
   void* out;                 // [.., cols] of out_dtype, out_stride elements a row
   const int64_t* row_index;  // [num_rows] or null
   const int64_t* out_index;  // [num_rows] or null
@@ -174,7 +174,7 @@ struct RowImportanceArgs {
 // Row r is skipped (no bit of it changes) if active && !active[r], and all rows if found_inf && *found_inf != 0.
 struct MaskedAdamArgs {
   uint8_t* codes;           // [num_rows, code_bytes(format, cols)]
-  float* absmax;            // [num_rows, num_blocks(format, cols)]; may be null for bf16
+  void* absmax;             // [num_rows, num_blocks(format, cols)] of scale_bytes(format) each; may be null for bf16
   void* master;             // [num_rows, cols] of master_dtype (mode master), else null
   float* exp_avg;           // [num_rows, cols]
   float* exp_avg_sq;        // [num_rows, cols]

@@ -236,6 +236,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "num_blocks", [](const std::string& format, int64_t cols) { return num_blocks(parse_format(format), cols); },
       py::arg("format"), py::arg("cols"));
+  m.def(
+      "scale_dtype",
+      [](const std::string& format) { return scale_bytes(parse_format(format)) == 2 ? "float16" : "float32"; },
+      py::arg("format"));
   bind_store(m);
   bind_pager(m);
   bind_layer(m);

@@ -46,6 +46,10 @@ USAF_CLONES void gradient_tile(const float* coefficient, const Bf16* rows, int64
                                GradientTile& tile) {
   full_tile(coefficient, rows, stride, num_tokens, tile);
 }
+USAF_CLONES void gradient_tile(const float* coefficient, const F16* rows, int64_t stride, int64_t num_tokens,
+                               GradientTile& tile) {
+  full_tile(coefficient, rows, stride, num_tokens, tile);
+}
 
 template <class T>
 void tail_tile(const float* coefficient, const T* rows, int64_t stride, int64_t num_tokens, int64_t num_columns,
@@ -144,6 +148,7 @@ USAF_ALWAYS_INLINE double sum_of_squares(const T* row, int64_t count) {
 
 USAF_CLONES double row_square(const float* row, int64_t count) { return sum_of_squares(row, count); }
 USAF_CLONES double row_square(const Bf16* row, int64_t count) { return sum_of_squares(row, count); }
+USAF_CLONES double row_square(const F16* row, int64_t count) { return sum_of_squares(row, count); }
 
 }  // namespace
 

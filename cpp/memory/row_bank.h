@@ -13,7 +13,7 @@ namespace usaf {
 
 struct BankPointers {
   const uint8_t* codes = nullptr;  // [num_neurons, 3, code_bytes]
-  const void* absmax = nullptr;    // [num_neurons, 3, num_blocks] scales of the format
+  const void* absmax = nullptr;    // [num_neurons, 3, num_blocks] of scale_bytes(format) each
   void* grad = nullptr;            // [num_neurons, 3, hidden_size], or null: nothing of this bank is being trained
   DType grad_dtype = DType::f32;   // f32 or bf16
   const int32_t* neuron_expert = nullptr;  // [num_neurons]

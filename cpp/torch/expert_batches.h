@@ -11,7 +11,9 @@
 
 namespace usaf {
 
-inline at::ScalarType scalar_type(DType dtype) { return dtype == DType::f32 ? at::kFloat : at::kBFloat16; }
+inline at::ScalarType scalar_type(DType dtype) {
+  return dtype == DType::f32 ? at::kFloat : dtype == DType::bf16 ? at::kBFloat16 : at::kHalf;
+}
 
 // The (token, slot) pairs of one micro-batch sorted by expert, on the host.
 class Routing {

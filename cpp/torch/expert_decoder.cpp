@@ -31,9 +31,8 @@ at::Tensor ExpertDecoder::view(int matrix, int64_t count) const {
 // `count` matrices in one launch: as one GEMM reads them, so that each thread decodes what it will read.
 void ExpertDecoder::decode(const uint8_t* page, int64_t expert, int matrix, int count) const {
   cpu::decode_rows(
-      {page + layout_.codes_offset[matrix], reinterpret_cast<const float*>(page + layout_.absmax_offset[matrix]),
-       target(matrix), nullptr, nullptr, count * layout_.intermediate_size, layout_.hidden_size, layout_.hidden_size,
-       layout_.format, layer_.dtype()},
+      {page + layout_.codes_offset[matrix], page + layout_.absmax_offset[matrix], target(matrix), nullptr, nullptr,
+       count * layout_.intermediate_size, layout_.hidden_size, layout_.hidden_size, layout_.format, layer_.dtype()},
       nullptr);
   overlay(layer_.frozen_bank.get(), expert, matrix, count);
   overlay(layer_.bank.get(), expert, matrix, count);
@@ -43,11 +42,10 @@ void ExpertDecoder::overlay(const RowBank* bank, int64_t expert, int matrix, int
   if (bank == nullptr) return;
   const BankPointers& rows = bank->pointers();
   for (int overlaid = matrix; overlaid < matrix + count; ++overlaid) {
-    cpu::decode_rows(
-        {rows.codes, static_cast<const float*>(rows.absmax), target(overlaid), bank->bank_rows(overlaid, expert),
-         bank->row_targets(expert), bank->first_neuron(expert + 1) - bank->first_neuron(expert), layout_.hidden_size,
-         layout_.hidden_size, layout_.format, layer_.dtype()},
-        nullptr);
+    cpu::decode_rows({rows.codes, rows.absmax, target(overlaid), bank->bank_rows(overlaid, expert),
+                      bank->row_targets(expert), bank->first_neuron(expert + 1) - bank->first_neuron(expert),
+                      layout_.hidden_size, layout_.hidden_size, layout_.format, layer_.dtype()},
+                     nullptr);
   }
 }
 

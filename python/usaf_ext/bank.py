@@ -60,9 +60,9 @@ class RowBank:
     mode "in_place" there is nothing beside them.
 
     Attributes (n neurons, E experts, H hidden_size; on `device` unless said otherwise):
-        layer: MoE layer number. format: "nf4" or "bf16". mode: "master" or "in_place".
+        layer: MoE layer number. format: one of `_C.FORMATS`. mode: "master" or "in_place".
         neuron_expert, neuron_index: int32 [n], sorted by (expert, neuron).
-        codes: uint8 [n, 3, code_bytes]. absmax: float32 [n, 3, num_blocks].
+        codes: uint8 [n, 3, code_bytes]. absmax: ops.scale_dtype(format) [n, 3, num_blocks].
         master: [n, 3, H], bfloat16 or float32, or None.
         grad: float32 [n, 3, H] that the expert layer's backward adds to; None when the bank is not trainable.
         expert_hit: uint8 [E] on the CPU; backward sets 1 where an expert's gradients were added.
@@ -101,7 +101,7 @@ class RowBank:
         n = len(neuron_expert)
         expected: list[tuple[str, torch.Tensor, tuple[torch.dtype, ...], tuple[int, ...]]] = [
             ("codes", codes, (torch.uint8,), (n, ROWS_PER_NEURON, _C.code_bytes(format, hidden_size))),
-            ("absmax", absmax, (torch.float32,), (n, ROWS_PER_NEURON, _C.num_blocks(format, hidden_size))),
+            ("absmax", absmax, (ops.scale_dtype(format),), (n, ROWS_PER_NEURON, _C.num_blocks(format, hidden_size))),
         ]
         if master is not None:
             expected.append(("master", master, tuple(MASTER_DTYPES.values()), (n, ROWS_PER_NEURON, hidden_size)))
@@ -241,7 +241,7 @@ class RowBank:
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights the model computes with: decoded codes, [n, 3, H] in `dtype` (float32 or bfloat16)."""
+        """The weights the model computes with: decoded codes, [n, 3, H] in `dtype` (float32, bfloat16 or float16)."""
         return ops.dequantize_blocks(self.codes, self.absmax, self.hidden_size, self.format, dtype=dtype)
 
     def trained_rows(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

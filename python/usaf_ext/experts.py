@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import _C
+from .errors import UsafError
 from .memory import ExpertMemory
 from .store import ExpertStore
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 IMPORTANCE_METRICS = ("gradient", "gradient_weight")
+
+_layers: weakref.WeakValueDictionary[int, PagedLayer] = weakref.WeakValueDictionary()  # by handle
 
 
 @torch.library.register_fake("usaf::experts_forward")
@@ -43,10 +48,13 @@ def _save_inputs(ctx, inputs, output):
     x, index, weights, _anchor, handle, _training = inputs
     ctx.save_for_backward(x, index, weights)
     ctx.handle = handle
+    ctx.routed = index  # kept past a checkpoint, which drops what is saved and makes it anew
 
 
 def _backward(ctx, grad_out):
     x, index, weights = ctx.saved_tensors
+    if index is not ctx.routed:
+        _layers[ctx.handle].note_route(ctx.routed, index)
     grad_x, grad_weights, grad_anchor = torch.ops.usaf.experts_backward(grad_out, x, index, weights, ctx.handle)
     return grad_x, None, grad_weights, grad_anchor, None, None
 
@@ -96,6 +104,8 @@ class PagedLayer:
         dtype = str(memory.dtype).removeprefix("torch.")
         self.native = _C.ExpertLayer(memory.sweep, index, activation, dtype, memory.scratch_pointer)
         self.native.set_token_counts(self.token_counts.data_ptr())
+        self._rerouted: Tensor | None = None
+        _layers[self.native.handle] = self
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return torch.ops.usaf.experts_forward(
@@ -174,6 +184,17 @@ class PagedLayer:
     def num_masked(self) -> int:
         """How often so far the threshold left the bank without the gradient of an expert's tokens in a micro-batch."""
         return self.native.num_masked
+
+    def note_route(self, forward: Tensor, recomputed: Tensor) -> None:
+        """Compare the top-k index of a forward with that of its recompute, on the device; see `check_routes`."""
+        if self._rerouted is None:
+            self._rerouted = torch.zeros((), dtype=torch.bool, device=forward.device)
+        self._rerouted |= (forward != recomputed).any()
+
+    def take_rerouted(self) -> bool:
+        """Whether a recompute since the last call routed otherwise than its forward; waits for the device if so."""
+        flag, self._rerouted = self._rerouted, None
+        return flag is not None and bool(flag)
 
     def begin_importance(self, metric: str = "gradient") -> Tensor:
         """Zeros of shape [num_experts, intermediate_size], fp32, to which every later backward adds each neuron's
@@ -265,6 +286,20 @@ class PagedExperts(nn.Module):
         return (
             f"num_experts={layer.num_experts}, hidden_size={layer.hidden_size}, "
             f"intermediate_size={layer.intermediate_size}, format={layer.store.format}"
+        )
+
+
+def check_routes(layers: Iterable[PagedLayer]) -> None:
+    """Raise UsafError if a recompute since the last call chose other experts than its forward.
+
+    Its gradients would belong to another function than the loss. Waits for the device only if something was recomputed.
+    """
+    rerouted = [layer.name for layer in layers if layer.take_rerouted()]
+    if rerouted:
+        raise UsafError(
+            f"gradient checkpointing: the recompute of {', '.join(rerouted)} sent tokens to other experts than the "
+            "forward did, so these gradients are wrong: a router must give the same result twice (noise must come "
+            "from torch's global generator)"
         )
 
 

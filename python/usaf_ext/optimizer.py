@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from . import ops
 from .errors import UsafError
-from .experts import PagedLayer, paged_layers
+from .experts import PagedLayer, check_routes, paged_layers
 from .router import trained_routers
 
 MAX_SKIPPED_STEPS = 10  # non-finite gradients this often in a row are no accident
@@ -71,6 +71,7 @@ class MaskedAdam(torch.optim.Optimizer):
             layers, routers = paged_layers(model), trained_routers(model)
         else:
             layers, routers = list(model), {}
+        self._all_layers = layers
         self._layers = {
             layer.anchor: layer for layer in layers if layer.bank is not None and layer.bank.grad is not None
         }
@@ -107,11 +108,14 @@ class MaskedAdam(torch.optim.Optimizer):
 
         Layers that `step_layer` updated since the last step are done; were their gradients not finite, the rest is
         skipped too.
+
+        Raises UsafError, changing nothing, when a recompute (gradient checkpointing) routed otherwise than its forward.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_routes(self._all_layers)
         coefficients: dict[nn.Parameter, torch.Tensor] = {}
         found_inf = self._released_inf.clone()
         for group in self.param_groups:

@@ -94,6 +94,8 @@ class TrainConfig:
             raise ValueError(f"activation_threshold: expected a number in [0, 1), got {self.activation_threshold}")
         if self.max_grad_norm is not None:
             self._check_float("max_grad_norm", 0.0, exclusive=True)
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise TypeError(f"gradient_checkpointing: expected a bool, got {self.gradient_checkpointing!r}")
         choices: dict[str, tuple[str | None, ...]] = {
             "selection_scope": SELECTION_SCOPES,
             "selection_metric": SELECTION_METRICS,
