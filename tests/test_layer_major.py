@@ -55,10 +55,11 @@ TOPK = {"router": "topk", "gradient_checkpointing": True}
         ("qwen3_moe", torch.bfloat16, {"gradient_checkpointing": True, "mode": "in_place"}),
         ("qwen2_moe", torch.float32, TOPK | {"router_warmup_steps": 1}),
         ("mixtral", torch.float32, TOPK | {"aux_loss_coef": 0.1, "gradient_accumulation_steps": 4}),
+        ("mixtral", torch.float32, TOPK | {"router": "gumbel", "activation_threshold": 0.9}),
         ("deepseek_v3", torch.float32, TOPK | {"aux_loss_coef": 0.0}),
         ("gemma4", torch.float32, {"gradient_checkpointing": True}),
     ],
-    ids=["qwen3_moe", "qwen3_moe-frozen", "qwen2_moe", "mixtral", "deepseek_v3", "gemma4"],
+    ids=["qwen3_moe", "qwen3_moe-frozen", "qwen2_moe", "mixtral", "gumbel", "deepseek_v3", "gemma4"],
 )
 def test_the_bits_of_micro_batch_order(checkpoints, tmp_path, family, dtype, settings):
     one, many = run_both(checkpoints[family], tmp_path, dtype, **settings)

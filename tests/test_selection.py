@@ -53,6 +53,22 @@ def test_two_batches_are_the_sum_of_each(tiny_checkpoint):
         assert bool((want > 0).any())
 
 
+@pytest.mark.parametrize("metric", ["gradient", "gradient_weight"])
+def test_float16_scales_the_loss_and_halves_what_overflows(tiny_checkpoint, monkeypatch, metric):
+    """With 2^40 the first batch overflows many times; also under checkpointing, where a graph runs back only once."""
+    batches = [tokens(2, seed=1), tokens(2, seed=2)]
+    exact = compute_importance(paged_model(tiny_checkpoint), batches, metric)
+    model = paged_model(tiny_checkpoint, torch.float16)
+    model.train()
+    model.activation_checkpointing_enable()
+    results = [compute_importance(model, batches, metric)]
+    monkeypatch.setattr("usaf_ext.selection.FLOAT16_SCALE", 2.0**40)
+    results.append(compute_importance(model, batches, metric))
+    for importance in results:
+        for got, want in zip(importance, exact):
+            assert (got - want).norm() < 0.05 * want.norm()
+
+
 def test_later_backwards_do_not_count(tiny_checkpoint):
     model = paged_model(tiny_checkpoint)
     importance = compute_importance(model, [tokens(2)])
