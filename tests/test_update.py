@@ -119,13 +119,19 @@ def test_masked_adam_under_a_grad_scaler(tiny_checkpoint, unscale):
         assert (first - second).abs().max() < 1e-4  # three steps of 1e-2
 
 
-def test_masked_adam_skips_what_a_grad_scaler_found(tiny_checkpoint):
+@pytest.mark.parametrize("where", ["here", "on another rank"])
+def test_masked_adam_skips_what_a_grad_scaler_found(tiny_checkpoint, where):
     model = banked_model(tiny_checkpoint)
     optimizer = MaskedAdam(model, lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     before = bank_state(model)
     scaler.scale(causal_lm_loss(model, tokens(2))[0]).backward()
-    paged_layers(model)[0].anchor.grad.fill_(math.inf)
+    if where == "here":
+        paged_layers(model)[0].anchor.grad.fill_(math.inf)
+    scaler.unscale_(optimizer)
+    if where == "on another rank":  # as FSDP's scaler reduces it; the gradients here are finite
+        found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        found[torch.device("cpu")].fill_(1)
     scaler.step(optimizer)
     scaler.update()
     assert same_bits(bank_state(model), before)
