@@ -63,6 +63,32 @@ def test_a_run_leaves_its_files(place):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_flags_of_accumulation_and_memory(place):
+    flags = ("--gradient-checkpointing", "--accumulation-order", "layer", "--gradient-release", "--dtype", "float16")
+    assert main(train_arguments(place, "layers", "--gradient-accumulation-steps", "2", *flags)) == 0
+    info = json.loads((place / "layers" / "run.json").read_text())
+    assert info["config"]["accumulation_order"] == "layer"
+    assert info["config"]["gradient_checkpointing"]
+    assert info["config"]["gradient_release"]
+    log = [json.loads(line) for line in (place / "layers" / "log.jsonl").read_text().splitlines()]
+    steps = [record for record in log if record["event"] == "step"]
+    assert all(record["loss_scale"] > 1 and not record["skipped"] for record in steps)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--gradient-release",), "gradient_release: a layer's gradient is complete inside backward only with"),
+        (("--accumulation-order", "page"), "--accumulation-order: invalid choice"),
+        (("--dtype", "float8"), "--dtype: invalid choice"),
+    ],
+)
+def test_bad_flags_of_accumulation_and_memory(place, capsys, flags, message):
+    assert exit_code(train_arguments(place, "never", *flags)) == 2
+    assert message in capsys.readouterr().err
+    assert not (place / "never").exists()
+
+
 def test_train_lowers_the_loss_and_export_keeps_it(place, capsys):
     before = evaluated(place, place / "store", capsys)
     after = evaluated(place, place / "run", capsys)
