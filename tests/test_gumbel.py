@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import oracles
@@ -134,7 +135,7 @@ def test_evaluation_has_no_noise(family):
     model = make(FAMILIES[family][0])
     plain = copy.deepcopy(model)
     train_routers(plain)
-    noise, routers = noisy(model)
+    _, routers = noisy(model)
     for name, router in trained_routers(plain).items():
         hidden = torch.randn(20, router.weight.shape[1])
         with_noise = routers[name].train()(hidden)[2]
@@ -205,6 +206,10 @@ def test_the_noise_is_a_function_of_its_keys():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def keep(calls, module, args, output):
+    calls.append([tensor.detach() for tensor in output])
+
+
 def test_a_recompute_under_checkpointing_routes_the_same(tiny_checkpoint):
     gradients, outputs = [], []
     for checkpointing in (False, True):
@@ -213,9 +218,9 @@ def test_a_recompute_under_checkpointing_routes_the_same(tiny_checkpoint):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         noise, routers = noisy(model)
         noise.micro_batch = 1
-        calls = []
+        calls: list = []
         for router in routers.values():
-            router.register_forward_hook(lambda module, args, output: calls.append([t.detach() for t in output]))
+            router.register_forward_hook(partial(keep, calls))
         total, count = causal_lm_loss(model, tokens(2))
         (total / count).backward()
         gradients.append([router.weight.grad for router in routers.values()])
@@ -263,7 +268,7 @@ def test_a_router_that_returns_something_else_is_refused():
 
 def test_bf16_models_and_doing_it_again():
     model = make(FAMILIES["gpt_oss"][0], torch.bfloat16)
-    noise, routers = noisy(model)
+    _, routers = noisy(model)
     kinds = [type(router) for router in routers.values()]
     later, again = noisy(model, step=9)
     assert [type(router) for router in again.values()] == kinds
@@ -274,7 +279,7 @@ def test_bf16_models_and_doing_it_again():
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match="seed: expected an int, got 1.5"):
+    with pytest.raises(TypeError, match="seed: expected an int"):
         GumbelNoise(1.5)
     with pytest.raises(ValueError, match="seed: expected a 64-bit int"):
         GumbelNoise(1 << 63)
