@@ -123,7 +123,7 @@ def eval(arguments: argparse.Namespace) -> int:
 def export(arguments: argparse.Namespace) -> int:
     """Write a run as a plain checkpoint, compared bit by bit with what it should be."""
     from .checkpoint_folder import CheckpointFolder
-    from .experts import expert_store, paged_layers
+    from .experts import expert_store, trained_banks
     from .export import export as write_checkpoint
     from .loading import load_model
     from .router import trained_routers
@@ -139,7 +139,7 @@ def export(arguments: argparse.Namespace) -> int:
         arguments.out,
         source=loaded.originals or CheckpointFolder.open(loaded.base),
         store=expert_store(loaded.model),
-        banks=[layer.bank for layer in paged_layers(loaded.model) if layer.bank is not None],
+        banks=trained_banks(loaded.model),
         router={
             f"{name}.weight": module.get_parameter("weight").detach()
             for name, module in trained_routers(loaded.model).items()

@@ -43,7 +43,7 @@ class Selection:
 
 
 def compute_importance(
-    model: nn.Module, batches: Iterable[torch.Tensor], metric: str = "gradient"
+    model: nn.Module, batches: Iterable[torch.Tensor], metric: str = "gradient", *, keep_banks: bool = False
 ) -> list[torch.Tensor]:
     """Per layer float32 [E, I]: each neuron's importance, summed over `batches`.
 
@@ -51,7 +51,8 @@ def compute_importance(
     of |g * w| (to first order what the loss changes by without each weight: Molchanov et al., arXiv 1906.10771).
 
     Each batch (input_ids, int64 [B, T]) gives one mean next-token loss, one backward and no update. Banks are left out
-    meanwhile, gradients of other parameters are cleared. Raises ValueError for an unknown metric, when `batches` is
+    meanwhile (keep_banks: they stay, so that it is the importance in the model as trained so far; their gradients are
+    cleared), gradients of other parameters are cleared. Raises ValueError for an unknown metric, when `batches` is
     empty, a loss is not finite, or the model has no paged experts.
     """
     if metric not in IMPORTANCE_METRICS:
@@ -59,8 +60,9 @@ def compute_importance(
     layers = paged_layers(model)
     banks = [layer.bank for layer in layers]
     num_batches = 0
-    for layer in layers:
-        layer.set_bank(None)
+    if not keep_banks:
+        for layer in layers:
+            layer.set_bank(None)
     importance = [layer.begin_importance(metric) for layer in layers]
     try:
         for input_ids in batches:
@@ -73,7 +75,10 @@ def compute_importance(
     finally:
         for layer, bank in zip(layers, banks):
             layer.end_importance()
-            layer.set_bank(bank)
+            if not keep_banks:
+                layer.set_bank(bank)
+            elif bank is not None:
+                bank.zero_grad()
         model.zero_grad(set_to_none=True)
     if num_batches == 0:
         raise ValueError("batches is empty: importance needs at least one batch")
@@ -189,10 +194,14 @@ def attach(
     originals: ModelSource | None = None,
     mode: str = "master",
     master_dtype: torch.dtype = torch.bfloat16,
+    rounding: str = "stochastic",
+    grad_dtype: torch.dtype = torch.float32,
+    placement: str = "device",
 ) -> list[RowBank]:
     """Build a RowBank for each layer with chosen neurons and set it; layers without any get none.
 
-    See RowBank.from_store for originals, mode and master_dtype. All banks are built before the first one is set.
+    See RowBank and its from_store for the settings. All banks are built before the first one is set; rows that an
+    earlier re-selection froze are let go.
     """
     layers = paged_layers(model)
     if len(selection.neuron_expert) != len(layers):
@@ -210,8 +219,12 @@ def attach(
             mode=mode,
             master_dtype=master_dtype,
             device=layer.anchor.device,
+            rounding=rounding,
+            grad_dtype=grad_dtype,
+            placement=placement,
         )
         banks.append(bank)
     for layer, new_bank in zip(layers, banks):
+        layer.set_frozen_bank(None)
         layer.set_bank(new_bank)
     return [bank for bank in banks if bank is not None]

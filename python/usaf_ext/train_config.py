@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from .bank import BANK_MODES, MASTER_DTYPES
 from .router import ROUTER_MODES
 from .selection import SELECTION_METRICS, SELECTION_SAMPLINGS, SELECTION_SCOPES
+from .step import ACCUMULATION_ORDERS
 from .threshold import THRESHOLD_SCOPES
 
 LR_SCHEDULES = ("cosine", "constant")
@@ -44,6 +45,9 @@ class TrainConfig:
         max_grad_norm: clip by the global norm over expert rows and routers; None for no clipping.
         mode: "master" or "in_place"; master_dtype: "bfloat16" or "float32".
         optimizer: "masked_adam", or None: everything runs and nothing is updated (the control).
+        accumulation_order: "micro_batch": one micro-batch after another. "layer": all micro-batches of a step go
+            through a layer together, so that its pages move once; the same bits. Activations are then held for all of
+            them (with gradient_checkpointing: one layer's, and twice hidden_size values a token for the others).
         checkpoint_every, evaluate_every: steps; 0 means at the end only (evaluation: and at step 0, always).
     """
 
@@ -76,6 +80,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     evaluate_every: int = 0
     gradient_checkpointing: bool = False
+    accumulation_order: str = "micro_batch"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "importance_batches"):
@@ -106,6 +111,7 @@ class TrainConfig:
             "mode": BANK_MODES,
             "master_dtype": tuple(MASTER_DTYPES),
             "optimizer": ("masked_adam", None),
+            "accumulation_order": ACCUMULATION_ORDERS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -10,6 +10,7 @@ from typing import Any
 from .bank import BANK_MODES, MASTER_DTYPES
 from .router import ROUTER_MODES
 from .selection import SELECTION_METRICS, SELECTION_SAMPLINGS, SELECTION_SCOPES
+from .step import ACCUMULATION_ORDERS
 from .threshold import THRESHOLD_SCOPES
 from .train_config import LR_SCHEDULES, TrainConfig
 
@@ -35,6 +36,7 @@ _FLAGS: dict[str, tuple[Callable[[str], Any] | tuple[str, ...], str]] = {
     "batch_size": (int, "sequences a micro-batch"),
     "seq_len": (int, "tokens a sequence"),
     "gradient_accumulation_steps": (int, "micro-batches a step"),
+    "accumulation_order": (ACCUMULATION_ORDERS, "layer: all micro-batches of a step share one sweep of the pages"),
     "learning_rate": (float, "of the expert rows"),
     "router_learning_rate": (float, "of the trained router"),
     "weight_decay": (float, "decoupled, of the expert rows"),

@@ -314,7 +314,14 @@ class _Trainer:
         if self.gumbel is not None:
             self.gumbel.begin_step(self.step, config.gumbel_tau(self.step))
         losses = run_micro_batches(
-            self.model, batches, self.layers, balanced, config.aux_loss_coef, (step_load, self.load), self.gumbel
+            self.model,
+            batches,
+            self.layers,
+            balanced,
+            config.aux_loss_coef,
+            (step_load, self.load),
+            order=config.accumulation_order,
+            gumbel=self.gumbel,
         )
         masked = self.threshold.end_step(step_load.counts)
         loss = float(losses.loss)
