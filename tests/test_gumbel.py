@@ -10,7 +10,7 @@ import oracles
 import pytest
 import torch
 from tiny_models import tiny_config
-from trained_models import paged_model, tokens
+from trained_models import bank_state, paged_model, same_bits, tokens
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -20,7 +20,7 @@ from transformers import (
     OlmoeConfig,
     Qwen2MoeConfig,
 )
-from usaf_ext import UsafError
+from usaf_ext import TrainConfig, UsafError, train
 from usaf_ext.gumbel import GumbelNoise, gumbel_top_k, train_gumbel_routers
 from usaf_ext.loss import causal_lm_loss
 from usaf_ext.router import find_routers, train_routers, trained_routers
@@ -234,6 +234,46 @@ def test_a_recompute_under_checkpointing_routes_the_same(tiny_checkpoint):
     for a, b in zip(*gradients):
         assert bool(a.any())
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """(step, micro-batch, layer) of every draw, in order."""
+    keys = []
+    draw = GumbelNoise.draw
+
+    def keep_keys(noise, layer, like):
+        keys.append((noise.step, noise.micro_batch, layer))
+        return draw(noise, layer, like)
+
+    monkeypatch.setattr(GumbelNoise, "draw", keep_keys)
+    return keys
+
+
+def test_both_accumulation_orders_draw_the_same_noise(tiny_checkpoint, tmp_path, drawn):
+    data, states, keys = list(tokens(8, vocabulary=40)), [], []
+    for order in ("micro_batch", "layer"):
+        model = paged_model(tiny_checkpoint)
+        settings = TrainConfig(
+            steps=2,
+            batch_size=2,
+            seq_len=24,
+            gradient_accumulation_steps=2,
+            density=0.1,
+            selection_metric="random",
+            activation_threshold=0.9,
+            router="gumbel",
+            accumulation_order=order,
+        )
+        train(model, data, settings, tmp_path / order, eval_datasets={"seen": data})
+        routers = {name: router.weight.detach() for name, router in trained_routers(model).items()}
+        states.append([bank_state(model), routers])
+        keys.append(list(drawn))
+        drawn.clear()
+    expected = [(step, number, layer) for step in range(2) for number in range(2) for layer in range(2)]
+    assert keys[0] == expected  # and none in evaluation
+    assert sorted(keys[1]) == expected != keys[1]
+    assert same_bits(*states)
 
 
 @pytest.mark.parametrize("family", REFUSED)
