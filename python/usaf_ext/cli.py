@@ -62,7 +62,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_host_budget(parser)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default=None, help="compute dtype (default: the checkpoint's)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default=None,
+        help="compute dtype (default: the checkpoint's); float16 trains with loss scaling",
     )
     parser.add_argument("--originals", default=None, help="folder of the original checkpoint, if a store has moved")
 

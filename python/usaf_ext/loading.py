@@ -13,6 +13,7 @@ from .checkpoint_source import ModelSource, resolve_folder
 from .delta import apply_delta
 from .errors import StoreError
 from .integrations.transformers import UsafConfig, originals_of
+from .memory import COMPUTE_DTYPES
 from .run_folder import RunFolder
 
 
@@ -69,8 +70,8 @@ def load_model(
     folder = resolve_folder(base)
     if dtype is None:
         dtype = AutoConfig.from_pretrained(folder).dtype or torch.float32
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype} (name one)")
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype} (name one)")
     config = UsafConfig(format=format, device_budget=device_budget, originals=originals, host_budget=host_budget)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
     if delta is not None:
