@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +97,7 @@ class RouterRecord:
 
 
 @contextlib.contextmanager
-def record_routers(routers: dict[str, nn.Module]) -> Iterator[RouterRecord]:
+def record_routers(routers: Mapping[str, nn.Module]) -> Iterator[RouterRecord]:
     """Collect the routers' outputs of the forward inside the block (a recompute in backward falls outside it)."""
     record = RouterRecord([], [])
 

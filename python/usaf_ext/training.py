@@ -22,12 +22,12 @@ from .errors import StoreError, UsafError
 from .evaluation import evaluate
 from .experts import expert_memory, expert_store, paged_layers
 from .interrupt import InterruptFlag
-from .loss import causal_lm_loss
 from .optimizer import MaskedAdam
 from .plots import plot_expert_load, plot_loss
-from .router import CollapsedLayer, LoadTracker, check_balanceable, load_balancing_loss, record_routers, train_routers
+from .router import CollapsedLayer, LoadTracker, check_balanceable, train_routers
 from .run_folder import Checkpoint, RunFolder, rng_states, set_rng_states
 from .selection import attach, compute_importance, select_neurons
+from .step import run_micro_batches
 from .train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -267,24 +267,13 @@ class _Trainer:
         warming_up = self.step < config.router_warmup_steps
         self._set_banks(not warming_up)
         stats_before, start = expert_memory(self.model).stats(), time.perf_counter()
-        balance = bool(self.routers) and config.aux_loss_coef > 0
+        balanced = self.routers if config.aux_loss_coef > 0 else {}
         step_load = LoadTracker(len(self.layers), self.layers[0].num_experts, self.device)
-        num_targets = config.gradient_accumulation_steps * config.batch_size * (config.seq_len - 1)
-        loss_sum = torch.zeros((), device=self.device)
-        aux_sum = torch.zeros((), device=self.device)
-        for _ in range(config.gradient_accumulation_steps):
-            input_ids = self._batch(next(self.order))
-            with record_routers(self.routers if balance else {}) as routed:
-                total, _count = causal_lm_loss(self.model, input_ids)
-            for tracker in (step_load, self.load):
-                tracker.add([layer.token_counts for layer in self.layers], input_ids.numel())
-            loss = total / num_targets
-            loss_sum += loss.detach()
-            if balance:
-                aux = load_balancing_loss(routed.logits, routed.index) / config.gradient_accumulation_steps
-                aux_sum += aux.detach()
-                loss = loss + config.aux_loss_coef * aux
-            loss.backward()
+        batches = [self._batch(next(self.order)) for _ in range(config.gradient_accumulation_steps)]
+        losses = run_micro_batches(
+            self.model, batches, self.layers, balanced, config.aux_loss_coef, (step_load, self.load)
+        )
+        loss = float(losses.loss)
         with_gradient = [p for p in self.clipped if p.grad is not None]
         max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(with_gradient, max_norm))
@@ -297,14 +286,14 @@ class _Trainer:
         self.step += 1
         seconds = time.perf_counter() - start
         stats = expert_memory(self.model).stats()
-        if not math.isfinite(float(loss_sum)):
-            raise UsafError(f"the training loss of step {self.step} is {float(loss_sum)}")
+        if not math.isfinite(loss):
+            raise UsafError(f"the training loss of step {self.step} is {loss}")
         num_tokens = config.gradient_accumulation_steps * config.batch_size * config.seq_len
         record: dict[str, Any] = {
             "event": "step",
             "step": self.step,
             "phase": "router_warmup" if warming_up else "train",
-            "loss": float(loss_sum),
+            "loss": loss,
             "learning_rate": 0.0 if warming_up else rates.get("experts", 0.0),
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": num_tokens,
@@ -315,8 +304,8 @@ class _Trainer:
         }
         if self.routers:
             record["router_learning_rate"] = rates.get("router", 0.0)
-        if balance:
-            record["aux_loss"] = float(aux_sum)
+        if balanced:
+            record["aux_loss"] = float(losses.aux_loss)
         return record
 
     def _set_banks(self, on: bool) -> None:
