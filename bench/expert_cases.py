@@ -52,7 +52,7 @@ def _scatter(shape: OpShape) -> Work:
 
 
 def _scatter_backward(shape: OpShape) -> Work:
-    hidden, _, weights, grad_out, order, permuted, _, inverse = _routed(shape)
+    _, _, weights, grad_out, order, permuted, _, inverse = _routed(shape)
     top_k = shape.layer.top_k
 
     def torch_backward():

@@ -31,7 +31,10 @@ def _figures(name: str, info: dict[str, Any], seconds: list[float], copies: dict
 
 
 def rows_of(benchmarks: list[Any], copies: dict[int, float]) -> list[dict[str, Any]]:
-    """copies: the copy bandwidth, bytes per second, by number of threads. A row for each benchmark and, below it, one for each of its peers, with ours / peer over the paired rounds."""
+    """A row for each benchmark and, below it, one for each of its peers, with ours / peer over the paired rounds.
+
+    copies: the copy bandwidth in bytes per second, by number of threads.
+    """
     rows = []
     for bench in benchmarks:
         info, ours = bench.extra_info, list(bench.stats.data)
