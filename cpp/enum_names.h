@@ -45,7 +45,8 @@ inline AdamMode parse_adam_mode(std::string_view value) {
 }
 
 inline DType parse_dtype(std::string_view value) {
-  return parse_enum<DType, 2>(value, "dtype", {{{"float32", DType::f32}, {"bfloat16", DType::bf16}}});
+  return parse_enum<DType, 3>(value, "dtype",
+                              {{{"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16}}});
 }
 
 }  // namespace usaf

@@ -12,7 +12,7 @@
 
 namespace usaf {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 inline constexpr int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 enum class Activation : int32_t { silu = 0, gelu_tanh = 1, swiglu_clamped = 2 };
@@ -20,11 +20,11 @@ enum class AdamMode : int32_t { master = 0, in_place = 1 };
 
 // Encode `num_rows` rows of `cols` weights. Row r reads weight + r * weight_stride elements and writes row
 // `row_index ? row_index[r] : r` of codes/absmax (strides are code_bytes(format, cols) and num_blocks(format, cols)).
-// Bytes: cols * element_size + code_bytes + 4 * num_blocks a row.
+// Bytes: cols * element_size + code_bytes + scale_bytes(format) * num_blocks a row.
 struct EncodeRowsArgs {
   const void* weight;        // [num_rows, cols] of weight_dtype
   uint8_t* codes;            // [.., code_bytes]
-  float* absmax;             // [.., num_blocks]; may be null for bf16
+  void* absmax;              // [.., num_blocks] of scale_bytes(format) each; may be null for bf16
   const int64_t* row_index;  // [num_rows] or null
   int64_t num_rows, cols, weight_stride;
   Format format;
@@ -32,10 +32,10 @@ struct EncodeRowsArgs {
 };
 
 // Decode `num_rows` rows: row `row_index ? row_index[r] : r` of codes/absmax goes to row `out_index ? out_index[r] : r`
-// of out. The value is fp32 code * absmax, rounded to out_dtype.
+// of out. The value is fp32 (numerics/block_codec.h), rounded to out_dtype.
 struct DecodeRowsArgs {
   const uint8_t* codes;
-  const float* absmax;
+  const void* absmax;
   void* out;                 // [.., cols] of out_dtype, out_stride elements a row
   const int64_t* row_index;  // [num_rows] or null
   const int64_t* out_index;  // [num_rows] or null
@@ -128,7 +128,8 @@ struct GluBackwardArgs {
   DType dtype;
 };
 
-// Gradients of the selected neurons of experts [first_expert, first_expert + num_experts), added to grad in fp32.
+// Gradients of the selected neurons of experts [first_expert, first_expert + num_experts), summed in fp32 and then
+// added to grad, rounded once.
 // Neuron i (expert neuron_expert[i], index j = neuron_index[i]) owns three rows of grad:
 //   grad[i, 0] += grad_gate[tokens of the expert, j]^T x, grad[i, 1] += grad_up[.., j]^T x,
 //   grad[i, 2] += weighted_h[.., j]^T grad_out.
@@ -142,20 +143,29 @@ struct RowGradientArgs {
   const int32_t* offsets;        // [num_experts + 1]
   const int32_t* neuron_expert;  // [num_neurons], ascending
   const int32_t* neuron_index;   // [num_neurons]
-  float* grad;                   // [num_neurons, 3, hidden_size]
+  void* grad;                    // [num_neurons, 3, hidden_size] of grad_dtype
   int64_t num_neurons, first_expert, num_experts, hidden_size, intermediate_size;
+  DType dtype, grad_dtype;
+};
+
+// squares[r] = sum of squares of row r, in double.
+struct SquaresOfRowsArgs {
+  const void* rows;  // [num_rows, cols] of dtype
+  double* squares;   // [num_rows]
+  int64_t num_rows, cols;
   DType dtype;
 };
 
-// importance[e, j] += sum of squares of the three gradient rows of neuron j of expert e, without keeping them.
-// Arguments as in RowGradientArgs.
+// importance[e, j] += the sum, over the 3 * hidden_size weights of neuron j of expert e, of gradient^2 (weights null)
+// or |gradient * weight|; the gradients are not kept. Other arguments as in RowGradientArgs.
 struct RowImportanceArgs {
   const void* x;
   const void* grad_out;
   const void* grad_gate_up;
   const void* weighted_h;
   const int32_t* offsets;
-  float* importance;  // [num_experts, intermediate_size], starting at first_expert
+  const void* weights;  // [num_experts, 3, intermediate_size, hidden_size] of dtype, or null
+  float* importance;    // [num_experts, intermediate_size], starting at first_expert
   int64_t num_experts, hidden_size, intermediate_size;
   DType dtype;
 };
@@ -164,7 +174,7 @@ struct RowImportanceArgs {
 // Row r is skipped (no bit of it changes) if active && !active[r], and all rows if found_inf && *found_inf != 0.
 struct MaskedAdamArgs {
   uint8_t* codes;           // [num_rows, code_bytes(format, cols)]
-  float* absmax;            // [num_rows, num_blocks(format, cols)]; may be null for bf16
+  void* absmax;             // [num_rows, num_blocks(format, cols)] of scale_bytes(format) each; may be null for bf16
   void* master;             // [num_rows, cols] of master_dtype (mode master), else null
   float* exp_avg;           // [num_rows, cols]
   float* exp_avg_sq;        // [num_rows, cols]

@@ -35,6 +35,12 @@ Phase parse_phase(const std::string& value) {
                                 {"backward", Phase::backward}}});
 }
 
+ImportanceMetric parse_importance_metric(const std::string& value) {
+  return parse_enum<ImportanceMetric, 2>(
+      value, "metric",
+      {{{"gradient", ImportanceMetric::gradient}, {"gradient_weight", ImportanceMetric::gradient_weight}}});
+}
+
 py::list offsets_list(const int64_t (&offsets)[kMatricesPerExpert]) {
   py::list result;
   for (int64_t offset : offsets) result.append(offset);
@@ -159,17 +165,19 @@ void bind_layer(py::module_& m) {
   py::class_<RowBank, std::shared_ptr<RowBank>>(m, "RowBank")
       .def(py::init([](const std::string& format, int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
                        const std::vector<int32_t>& neuron_expert, const std::vector<int32_t>& neuron_index,
-                       Address codes, Address absmax, Address grad, Address neuron_expert_ptr, Address neuron_index_ptr,
-                       Address expert_hit) {
+                       Address codes, Address absmax, Address grad, const std::string& grad_dtype,
+                       Address neuron_expert_ptr, Address neuron_index_ptr, Address expert_hit, Address grad_squares) {
              return std::make_shared<RowBank>(
                  parse_format(format), num_experts, hidden_size, intermediate_size, neuron_expert, neuron_index,
-                 BankPointers{pointer<const uint8_t>(codes), pointer<const float>(absmax), pointer<float>(grad),
-                              pointer<const int32_t>(neuron_expert_ptr), pointer<const int32_t>(neuron_index_ptr),
-                              pointer<uint8_t>(expert_hit)});
+                 BankPointers{pointer<const uint8_t>(codes), pointer<const void>(absmax), pointer<void>(grad),
+                              parse_dtype(grad_dtype), pointer<const int32_t>(neuron_expert_ptr),
+                              pointer<const int32_t>(neuron_index_ptr), pointer<uint8_t>(expert_hit),
+                              pointer<double>(grad_squares)});
            }),
            py::arg("format"), py::arg("num_experts"), py::arg("hidden_size"), py::arg("intermediate_size"),
            py::arg("neuron_expert"), py::arg("neuron_index"), py::arg("codes_ptr"), py::arg("absmax_ptr"),
-           py::arg("grad_ptr"), py::arg("neuron_expert_ptr"), py::arg("neuron_index_ptr"), py::arg("expert_hit_ptr"))
+           py::arg("grad_ptr"), py::arg("grad_dtype"), py::arg("neuron_expert_ptr"), py::arg("neuron_index_ptr"),
+           py::arg("expert_hit_ptr"), py::arg("grad_squares_ptr"))
       .def_property_readonly("num_neurons", &RowBank::num_neurons);
 
   py::class_<ExpertLayer, std::shared_ptr<ExpertLayer>>(m, "ExpertLayer")
@@ -184,8 +192,22 @@ void bind_layer(py::module_& m) {
           "set_bank", [](ExpertLayer& self, std::shared_ptr<RowBank> bank) { self.bank = std::move(bank); },
           py::arg("bank").none(true))
       .def(
-          "set_importance", [](ExpertLayer& self, Address address) { self.importance = pointer<float>(address); },
-          py::arg("address"))
+          "set_frozen_bank",
+          [](ExpertLayer& self, std::shared_ptr<RowBank> bank) { self.frozen_bank = std::move(bank); },
+          py::arg("bank").none(true))
+      .def(
+          "set_threshold",
+          [](ExpertLayer& self, double alpha, Address counts) {
+            self.set_threshold(alpha, pointer<const int64_t>(counts));
+          },
+          py::arg("alpha"), py::arg("counts_ptr"))
+      .def(
+          "set_importance",
+          [](ExpertLayer& self, Address address, const std::string& metric) {
+            self.importance_metric = parse_importance_metric(metric);
+            self.importance = pointer<float>(address);
+          },
+          py::arg("address"), py::arg("metric"))
       .def(
           "set_token_counts", [](ExpertLayer& self, Address address) { self.token_counts = pointer<int32_t>(address); },
           py::arg("address"));
@@ -213,6 +235,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "num_blocks", [](const std::string& format, int64_t cols) { return num_blocks(parse_format(format), cols); },
       py::arg("format"), py::arg("cols"));
+  m.def(
+      "scale_dtype",
+      [](const std::string& format) { return scale_bytes(parse_format(format)) == 2 ? "float16" : "float32"; },
+      py::arg("format"));
   bind_store(m);
   bind_pager(m);
   bind_layer(m);

@@ -11,6 +11,7 @@
 #include "kernel_api.h"
 #include "launch.h"
 #include "numerics/bfloat16.h"
+#include "numerics/block_scale.h"
 #include "numerics/nf4.h"
 
 namespace usaf::gpu {
@@ -145,13 +146,13 @@ __device__ __forceinline__ void encode_nf4_pack(uint4 pack, const EncodeRowsArgs
   unpack(pack, weight);
   uint32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) largest = max(largest, nf4_magnitude(weight[i]));
+  for (int i = 0; i < kPack<T>; ++i) largest = max(largest, magnitude_bits(weight[i]));
 #pragma unroll
   for (int lane = kLanes<T> / 2; lane > 0; lane /= 2) {
     largest = max(largest, __shfl_xor_sync(kFullWarp, largest, lane));
   }
   const float absmax = bits_float(largest);
-  const float inverse = nf4_inverse_scale(absmax);
+  const float inverse = inverse_step(absmax);
   uint32_t codes = 0;
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) {
@@ -163,7 +164,7 @@ __device__ __forceinline__ void encode_nf4_pack(uint4 pack, const EncodeRowsArgs
     *reinterpret_cast<Word*>(args.codes + row * stride + col / 2) = static_cast<Word>(codes);
   }
   if (live && col < args.cols && col % kBlockSize == 0) {
-    args.absmax[row * num_blocks(Format::nf4, args.cols) + col / kBlockSize] = absmax;
+    static_cast<float*>(args.absmax)[row * num_blocks(Format::nf4, args.cols) + col / kBlockSize] = absmax;
   }
 }
 
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_nf4_kernel(Deco
       const int64_t source = indexed(args.row_index, row);
       target[j] = indexed(args.out_index, row);
       codes[j] = __ldg(reinterpret_cast<const typename Nf4Word<T>::type*>(args.codes + source * stride + col / 2));
-      absmax[j] = __ldg(args.absmax + source * blocks + col / kBlockSize);
+      absmax[j] = __ldg(static_cast<const float*>(args.absmax) + source * blocks + col / kBlockSize);
     }
 #pragma unroll
     for (int j = 0; j < kRowsInFlight; ++j) {
@@ -290,6 +291,11 @@ bool aligned(const void* pointer, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
 }
 
+void check_supported(Format format, DType dtype) {
+  if (format != Format::bf16 && format != Format::nf4) throw std::invalid_argument("format: not on the GPU yet");
+  if (dtype == DType::f16) throw std::invalid_argument("dtype: float16 is not on the GPU yet");
+}
+
 void check_codes(const uint8_t* codes) {
   if (!aligned(codes, 0)) throw std::invalid_argument("codes: expected an address that is a multiple of 16");
 }
@@ -319,6 +325,7 @@ void launch_decode(const DecodeRowsArgs& args, void* stream) {
 void encode_rows(const EncodeRowsArgs& args, void* stream) {
   if (args.num_rows == 0 || args.cols == 0) return;
   check_codes(args.codes);
+  check_supported(args.format, args.weight_dtype);
   const bool f32 = args.weight_dtype == DType::f32;
   if (args.format == Format::nf4) {
     f32 ? launch_encode<Format::nf4, float>(args, stream) : launch_encode<Format::nf4, Bf16>(args, stream);
@@ -330,6 +337,7 @@ void encode_rows(const EncodeRowsArgs& args, void* stream) {
 void decode_rows(const DecodeRowsArgs& args, void* stream) {
   if (args.num_rows == 0 || args.cols == 0) return;
   check_codes(args.codes);
+  check_supported(args.format, args.out_dtype);
   args.out_dtype == DType::f32 ? launch_decode<float>(args, stream) : launch_decode<Bf16>(args, stream);
 }
 

@@ -12,6 +12,7 @@
 #include "kernel_api.h"
 #include "launch.h"
 #include "numerics/bfloat16.h"
+#include "numerics/block_scale.h"
 #include "numerics/nf4.h"
 
 namespace usaf::gpu {
@@ -102,7 +103,7 @@ template <class T>
 __device__ __forceinline__ uint32_t block_magnitude(const Pack& pack) {
   uint32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < Layout<T>::kPack; ++i) largest = max(largest, nf4_magnitude(weight_of<T>(pack, i)));
+  for (int i = 0; i < Layout<T>::kPack; ++i) largest = max(largest, magnitude_bits(weight_of<T>(pack, i)));
 #pragma unroll
   for (int lane = Layout<T>::kLanes / 2; lane > 0; lane /= 2) {
     largest = max(largest, static_cast<uint32_t>(__shfl_xor(static_cast<int>(largest), lane, Layout<T>::kLanes)));
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       const float scale = bits_float(block_magnitude<T>(pack[r]));
       if (first + r >= num_rows) continue;
       const int64_t target = row_index ? row_index[first + r] : first + r;
-      const float inverse = nf4_inverse_scale(scale);
+      const float inverse = inverse_step(scale);
       uint32_t packed = 0;
 #pragma unroll
       for (int i = 0; i < L::kPack; ++i) {
@@ -282,6 +283,11 @@ bool aligned(const void* pointer, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
 }
 
+void check_supported(Format format, DType dtype) {
+  if (format != Format::bf16 && format != Format::nf4) throw std::invalid_argument("format: not on the GPU yet");
+  if (dtype == DType::f16) throw std::invalid_argument("dtype: float16 is not on the GPU yet");
+}
+
 void check_codes(const uint8_t* codes) {
   if (!aligned(codes, 0)) throw std::invalid_argument("codes: expected an address that is a multiple of 16");
 }
@@ -294,8 +300,8 @@ void launch_encode(const EncodeRowsArgs& a, void* stream) {
   const LaunchShape shape = launch_shape(a.num_rows, (padded + Layout<T>::kPack - 1) / Layout<T>::kPack);
   const T* weight = static_cast<const T*>(a.weight);
   if (a.format == Format::nf4) {
-    launch("encode_rows", encode_nf4_kernel<T, kAligned>, shape.grid, shape.block, stream, weight, a.codes, a.absmax,
-           a.row_index, a.num_rows, a.cols, a.weight_stride);
+    launch("encode_rows", encode_nf4_kernel<T, kAligned>, shape.grid, shape.block, stream, weight, a.codes,
+           static_cast<float*>(a.absmax), a.row_index, a.num_rows, a.cols, a.weight_stride);
   } else {
     launch("encode_rows", encode_bf16_kernel<T, kAligned>, shape.grid, shape.block, stream, weight, a.codes,
            a.row_index, a.num_rows, a.cols, a.weight_stride);
@@ -307,8 +313,8 @@ void launch_decode(const DecodeRowsArgs& a, void* stream) {
   const LaunchShape shape = launch_shape(a.num_rows, (a.cols + Layout<T>::kPack - 1) / Layout<T>::kPack);
   T* out = static_cast<T*>(a.out);
   if (a.format == Format::nf4) {
-    launch("decode_rows", decode_nf4_kernel<T, kAligned>, shape.grid, shape.block, stream, a.codes, a.absmax, out,
-           a.row_index, a.out_index, a.num_rows, a.cols, a.out_stride);
+    launch("decode_rows", decode_nf4_kernel<T, kAligned>, shape.grid, shape.block, stream, a.codes,
+           static_cast<const float*>(a.absmax), out, a.row_index, a.out_index, a.num_rows, a.cols, a.out_stride);
   } else {
     launch("decode_rows", decode_bf16_kernel<T, kAligned>, shape.grid, shape.block, stream, a.codes, out, a.row_index,
            a.out_index, a.num_rows, a.cols, a.out_stride);
@@ -320,6 +326,7 @@ void launch_decode(const DecodeRowsArgs& a, void* stream) {
 void encode_rows(const EncodeRowsArgs& args, void* stream) {
   if (args.num_rows == 0 || args.cols == 0) return;
   check_codes(args.codes);
+  check_supported(args.format, args.weight_dtype);
   const bool wide = aligned(args.weight, args.weight_stride * element_size(args.weight_dtype));
   if (args.weight_dtype == DType::f32) {
     wide ? launch_encode<float, true>(args, stream) : launch_encode<float, false>(args, stream);
@@ -331,6 +338,7 @@ void encode_rows(const EncodeRowsArgs& args, void* stream) {
 void decode_rows(const DecodeRowsArgs& args, void* stream) {
   if (args.num_rows == 0 || args.cols == 0) return;
   check_codes(args.codes);
+  check_supported(args.format, args.out_dtype);
   const bool wide = aligned(args.out, args.out_stride * element_size(args.out_dtype));
   if (args.out_dtype == DType::f32) {
     wide ? launch_decode<float, true>(args, stream) : launch_decode<float, false>(args, stream);

@@ -302,7 +302,7 @@ def test_bad_arguments():
         (ValueError, "beta2", -0.1),
         (ValueError, "eps", -1e-8),
         (ValueError, "weight_decay", -0.1),
-        (ValueError, "format", "int8"),
+        (ValueError, "format", "int3"),
         (ValueError, "mode", "eco"),
         (ValueError, "master.*None in mode", None),
         (TypeError, "master", rows.master.half()),

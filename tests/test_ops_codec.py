@@ -170,7 +170,7 @@ def test_bad_arguments():
             "codes.*contiguous",
             lambda: in_place(codes.t().contiguous().t(), absmax, rows, weight[:2], "nf4"),
         ),
-        (TypeError, "weight", lambda: in_place(codes, absmax, rows, weight[:2].half(), "nf4")),
+        (TypeError, "weight", lambda: in_place(codes, absmax, rows, weight[:2].double(), "nf4")),
     ]:
         with pytest.raises(error, match=argument):
             call()

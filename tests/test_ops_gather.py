@@ -120,7 +120,7 @@ def test_bad_arguments():
         (ValueError, "index", lambda: ops.expert_gather(x, index.put(torch.tensor(0), torch.tensor(-1)), 3)),
         (ValueError, "num_experts", lambda: ops.expert_gather(x, index, 0)),
         (TypeError, "num_experts", lambda: ops.expert_gather(x, index, 3.0)),
-        (TypeError, "permuted", lambda: ops.expert_scatter(permuted.half(), inverse, weights)),
+        (TypeError, "permuted", lambda: ops.expert_scatter(permuted.double(), inverse, weights)),
         (ValueError, "permuted", lambda: ops.expert_scatter(permuted[0], inverse, weights)),
         (TypeError, "inverse", lambda: ops.expert_scatter(permuted, inverse.long(), weights)),
         (ValueError, "inverse", lambda: ops.expert_scatter(permuted[:7], inverse, weights)),

@@ -17,6 +17,7 @@ from trained_models import (
     tokens,
 )
 from usaf_ext import UsafError, paged_layers
+from usaf_ext.bank import share_gradients
 from usaf_ext.loss import causal_lm_loss
 from usaf_ext.optimizer import MAX_SKIPPED_STEPS, MaskedAdam
 from usaf_ext.router import train_routers, trained_routers
@@ -264,6 +265,87 @@ def test_in_place_noise_differs_between_layers(tiny_checkpoint):
         give_gradient(layer, padded)
     optimizer.step()
     assert not torch.equal(first.codes[:rows], second.codes[:rows])
+
+
+@pytest.mark.parametrize("mode", ["master", "in_place"])
+def test_stepping_layers_one_by_one_gives_the_bits_of_a_step(tiny_checkpoint, mode):
+    """Gradient release: last layer first, in one shared buffer; the anchors get their gradients afterwards."""
+    together, released = (banked_model(tiny_checkpoint, mode=mode) for _ in range(2))
+    for model in (together, released):
+        train_routers(model)
+    one, many = (MaskedAdam(model, lr=1e-2, weight_decay=0.1) for model in (together, released))
+    share_gradients(paged_layers(released))
+    buffers = {layer.bank.grad.untyped_storage().data_ptr() for layer in paged_layers(released)}
+    assert len(buffers) == 1
+    for seed in range(2):
+        backward(together, tokens(2, seed=seed))
+        gradients = [(layer.bank.grad.clone(), layer.bank.expert_hit.clone()) for layer in paged_layers(together)]
+        for router, twin in zip(trained_routers(together).values(), trained_routers(released).values()):
+            twin.weight.grad = router.weight.grad.clone()
+        for layer, (gradient, hit) in reversed(list(zip(paged_layers(released), gradients))):
+            assert not layer.bank.grad.any()
+            layer.bank.grad.copy_(gradient)
+            layer.bank.expert_hit.copy_(hit)
+            many.step_layer(layer)
+            layer.anchor.grad = gradient.norm().reshape(1)
+        for optimizer in (one, many):
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.check_progress()
+    assert same_bits(bank_state(together), bank_state(released))
+    assert same_bits(one.state_dict(), many.state_dict())
+
+
+def test_a_released_layer_is_scaled_and_skipped_as_told(tiny_checkpoint):
+    model = banked_model(tiny_checkpoint)
+    train_routers(model)
+    optimizer = MaskedAdam(model, lr=1e-2)
+    first, second = paged_layers(model)
+    gradient = torch.randn_like(second.bank.grad)
+    give_gradient(second, gradient)
+    optimizer.step_layer(second, coefficient=0.5)
+    torch.testing.assert_close(optimizer.state[second.anchor]["exp_avg"], 0.05 * gradient)
+    before = [bank_state(model), [r.weight.detach().clone() for r in trained_routers(model).values()]]
+    give_gradient(first, torch.full_like(first.bank.grad, float("inf")))
+    optimizer.step_layer(first)
+    for router in trained_routers(model).values():
+        router.weight.grad = torch.ones_like(router.weight)
+    optimizer.step()
+    assert same_bits(before, [bank_state(model), [r.weight.detach() for r in trained_routers(model).values()]])
+    give_gradient(first, torch.randn_like(first.bank.grad))
+    optimizer.step_layer(first, found_inf=torch.ones(1))
+    assert same_bits(before[0], bank_state(model))
+    assert not first.bank.grad.any()
+
+
+def test_bad_layers_to_step(tiny_checkpoint):
+    model = banked_model(tiny_checkpoint)
+    layer = paged_layers(model)[0]
+    optimizer = MaskedAdam(model)
+    with pytest.raises(ValueError, match="layer: expected one of this optimizer"):
+        optimizer.step_layer(paged_layers(banked_model(tiny_checkpoint))[0])
+    optimizer.step_layer(layer)
+    with pytest.raises(ValueError, match="stepped already"):
+        optimizer.step_layer(layer)
+    optimizer.step()
+    optimizer.step_layer(layer)
+    layer.set_bank(None)
+    with pytest.raises(ValueError, match="bank in place"):
+        optimizer.step_layer(layer)
+    with pytest.raises(ValueError, match="none has a trainable bank"):
+        share_gradients([layer])
+
+
+def test_without_clipping_the_coefficient_is_exactly_one(tiny_checkpoint):
+    """The anchor's gradient is a sum of rounded increments; the moments must not see that rounding."""
+    model = banked_model(tiny_checkpoint)
+    optimizer = MaskedAdam(model, betas=(0.5, 0.5))
+    layer = paged_layers(model)[0]
+    gradient = torch.randn_like(layer.bank.grad)
+    give_gradient(layer, gradient)
+    layer.anchor.grad *= 1 + 2.0**-20
+    optimizer.step()
+    assert torch.equal(optimizer.state[layer.anchor]["exp_avg"], 0.5 * gradient)
 
 
 def test_bad_arguments(tiny_checkpoint):

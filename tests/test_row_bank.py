@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 from usaf_ext import _C
 
-POINTERS = dict(codes_ptr=64, absmax_ptr=64, grad_ptr=0, neuron_expert_ptr=64, neuron_index_ptr=64, expert_hit_ptr=0)
+POINTERS = dict(
+    codes_ptr=64,
+    absmax_ptr=64,
+    grad_ptr=0,
+    grad_dtype="float32",
+    neuron_expert_ptr=64,
+    neuron_index_ptr=64,
+    expert_hit_ptr=0,
+    grad_squares_ptr=0,
+)
 
 
 def make(neuron_expert, neuron_index, format="nf4", sizes=(4, 72, 8), **pointers):
@@ -43,3 +52,11 @@ def test_refuses_missing_memory_and_sizes():
     for sizes in ((0, 72, 8), (4, 0, 8), (4, 72, 0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             make([], [], sizes=sizes)
+
+
+def test_refuses_a_gradient_it_cannot_keep():
+    assert make([0], [0], grad_ptr=64, grad_squares_ptr=64, grad_dtype="bfloat16").num_neurons == 1
+    with pytest.raises(ValueError, match="grad_squares must not be null"):
+        make([0], [0], grad_ptr=64)
+    with pytest.raises(ValueError, match="grad_dtype"):
+        make([0], [0], grad_ptr=64, grad_squares_ptr=64, grad_dtype="int32")

@@ -8,9 +8,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma4TextConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 LAYOUTS = ("qwen3_moe", "mixtral", "fused")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "gemma4")
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 
 
@@ -45,6 +54,17 @@ def tiny_config(layout: str = "qwen3_moe", **overrides):
         sizes |= {"intermediate_size": 24, "num_local_experts": 6, "sliding_window": None}
         return MixtralConfig(**(sizes | overrides))
     sizes |= {"intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 6, "norm_topk_prob": True}
+    if layout == "qwen2_moe":  # a dense first layer, and shared experts after the routed ones
+        return Qwen2MoeConfig(**(sizes | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [0]} | overrides))
+    if layout == "deepseek_v3":  # likewise; sigmoid router with groups
+        sizes |= {"num_key_value_heads": 2, "head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+        sizes |= {"v_head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 16}
+        sizes |= {"n_routed_experts": sizes.pop("num_experts"), "n_group": 2, "topk_group": 1}
+        return DeepseekV3Config(**(sizes | {"n_shared_experts": 1, "first_k_dense_replace": 1} | overrides))
+    if layout == "gemma4":  # experts beside a dense MLP, sliding and full attention
+        sizes |= {"top_k_experts": sizes.pop("num_experts_per_tok"), "enable_moe_block": True, "global_head_dim": 16}
+        sizes |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "sliding_window": 8}
+        return Gemma4TextConfig(**(sizes | overrides))
     return Qwen3MoeConfig(**(sizes | overrides))
 
 
@@ -57,7 +77,7 @@ def make_checkpoint(
 ) -> Path:
     """Write a random model into `folder`, its experts under the keys of `layout`, and return the folder."""
     torch.manual_seed(1)
-    config = tiny_config("mixtral" if layout == "mixtral" else "qwen3_moe", **overrides)
+    config = tiny_config(layout, **overrides)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():  # larger than the default init, so that experts matter to the logits

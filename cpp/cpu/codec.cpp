@@ -1,155 +1,205 @@
-// Encode and decode rows. Threads share the rows; the block loops are what the compiler vectorises.
-#include <algorithm>
-#include <cstring>
-
+// Encode and decode rows. Threads share the rows. Every function exists once for each instruction set (isa.h): a plain
+// loop compiled for it, or what decode_avx512.h writes by hand.
 #include "../kernel_api.h"
-#include "../numerics/nf4.h"
-#include "../numerics/rng.h"
+#include "codec_generic.h"
 #include "codec_row.h"
 #include "decode_avx512.h"
+#include "isa.h"
 #include "parallel.h"
 #include "typed.h"
 
 namespace usaf::cpu {
 namespace {
 
-// The 16 values of a block, scaled and rounded once instead of once a weight.
-template <class T>
-inline void decode_block(const uint8_t* codes, float absmax, int64_t count, T* out) {
-  T table[16];
-  for (int c = 0; c < 16; ++c) table[c] = from_float<T>(kNf4Values[c] * absmax);
-  for (int64_t i = 0; i < count / 2; ++i) {
-    out[2 * i] = table[codes[i] >> 4];
-    out[2 * i + 1] = table[codes[i] & 15];
+// The functions of one format and one type of weights, for one instruction set.
+struct Plain {
+  template <Format kFormat, class T>
+  static void encode_row(const T* weight, int64_t cols, uint8_t* codes, void* absmax) {
+    if constexpr (kFormat == Format::bf16) {
+      encode_bf16_generic(weight, cols, codes);
+    } else {
+      encode_row_generic<kFormat>(weight, cols, codes, absmax);
+    }
   }
-  if (count % 2 != 0) out[count - 1] = table[codes[count / 2] >> 4];
-}
-
-template <class T>
-void decode_nf4_row(const uint8_t* codes, const float* absmax, int64_t cols, T* out) {
-  for (int64_t start = 0, block = 0; start < cols; start += kBlockSize, ++block) {
-    decode_block(codes + start / 2, absmax[block], std::min(kBlockSize, cols - start), out + start);
+  template <Format kFormat, class T>
+  static void decode_row(const uint8_t* codes, const void* absmax, int64_t cols, T* out) {
+    if constexpr (kFormat == Format::bf16) {
+      decode_bf16_generic(codes, cols, out);
+    } else {
+      decode_row_generic<kFormat>(codes, absmax, cols, out);
+    }
   }
-}
+  template <Format kFormat>
+  static void encode_stochastic(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes,
+                                void* absmax) {
+    *static_cast<typename BlockCodec<kFormat>::Scale*>(absmax) =
+        encode_block_generic<kFormat>(weight, count, random, codes);
+  }
+};
 
-template <class T>
-void decode_nf4(const uint8_t* codes, const float* absmax, int64_t cols, T* out) {
-  int64_t blocks = 0;  // done by the fast path
-#ifdef USAF_HAS_AVX512_DECODE
-  if (cpu_has_avx512bw()) {
-    blocks = cols / kBlockSize;
-    decode_nf4_blocks(codes, absmax, blocks, out);
+#ifdef USAF_HAS_ISA_LEVELS
+struct Avx2 {
+  template <Format kFormat, class T>
+  USAF_AVX2 static void encode_row(const T* weight, int64_t cols, uint8_t* codes, void* absmax) {
+    if constexpr (kFormat == Format::bf16) {
+      encode_bf16_generic(weight, cols, codes);
+    } else {
+      encode_row_generic<kFormat>(weight, cols, codes, absmax);
+    }
+  }
+  template <Format kFormat, class T>
+  USAF_AVX2 static void decode_row(const uint8_t* codes, const void* absmax, int64_t cols, T* out) {
+    if constexpr (kFormat == Format::bf16) {
+      decode_bf16_generic(codes, cols, out);
+    } else {
+      decode_row_generic<kFormat>(codes, absmax, cols, out);
+    }
+  }
+  template <Format kFormat>
+  USAF_AVX2 static void encode_stochastic(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes,
+                                          void* absmax) {
+    *static_cast<typename BlockCodec<kFormat>::Scale*>(absmax) =
+        encode_block_generic<kFormat>(weight, count, random, codes);
+  }
+};
+
+struct Avx512 {
+  template <Format kFormat, class T>
+  USAF_AVX512 static void encode_row(const T* weight, int64_t cols, uint8_t* codes, void* absmax) {
+    if constexpr (kFormat == Format::bf16) {
+      encode_bf16_generic(weight, cols, codes);
+    } else {
+      encode_row_generic<kFormat>(weight, cols, codes, absmax);
+    }
+  }
+  template <Format kFormat, class T>
+  USAF_AVX512 static void decode_row(const uint8_t* codes, const void* absmax, int64_t cols, T* out) {
+    if constexpr (kFormat == Format::bf16) {
+      decode_bf16_generic(codes, cols, out);
+    } else if constexpr (is_nf4(kFormat) && !std::is_same_v<T, F16>) {
+      using Scale = typename BlockCodec<kFormat>::Scale;
+      const int64_t blocks = cols / kBlockSize, done = blocks * kBlockSize;
+      const auto* scales = static_cast<const Scale*>(absmax);
+      decode_nf4_blocks<kFormat>(codes, scales, blocks, out);
+      decode_row_generic<kFormat>(codes + used_bytes(kFormat, done), scales + blocks, cols - done, out + done);
+    } else {
+      decode_row_generic<kFormat>(codes, absmax, cols, out);
+    }
+  }
+  template <Format kFormat>
+  USAF_AVX512 static void encode_stochastic(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes,
+                                            void* absmax) {
+    *static_cast<typename BlockCodec<kFormat>::Scale*>(absmax) =
+        encode_block_generic<kFormat>(weight, count, random, codes);
+  }
+};
+#endif
+
+// body.operator()<Set>() with the functions of the instruction set in use.
+template <class Body>
+void with_isa(const Body& body) {
+#ifdef USAF_HAS_ISA_LEVELS
+  switch (isa()) {
+    case Isa::avx512:
+      return body.template operator()<Avx512>();
+    case Isa::avx2:
+      return body.template operator()<Avx2>();
+    case Isa::plain:
+      break;
   }
 #endif
-  decode_nf4_row(codes + blocks * kBlockBytes, absmax + blocks, cols - blocks * kBlockSize, out + blocks * kBlockSize);
+  body.template operator()<Plain>();
 }
 
-USAF_CLONES void widen(const Bf16* values, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = to_float(values[i]);
-}
-USAF_CLONES void narrow(const float* values, int64_t count, Bf16* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(values[i]);
-}
-
-inline float block_absmax(const float* weight, int64_t count) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, nf4_magnitude(weight[i]));
-  return bits_float(largest);
-}
-
-inline void pack(const uint32_t (&code)[kBlockSize], int64_t count, uint8_t* codes) {
-  for (int64_t i = 0; i < (count + 1) / 2; ++i) {
-    codes[i] = static_cast<uint8_t>((code[2 * i] << 4) | code[2 * i + 1]);
+// body.operator()<kFormat>().
+template <class Body>
+void with_format(Format format, const Body& body) {
+  switch (format) {
+    case Format::bf16:
+      return body.template operator()<Format::bf16>();
+    case Format::nf4:
+      return body.template operator()<Format::nf4>();
+    case Format::nf4_f16:
+      return body.template operator()<Format::nf4_f16>();
+    case Format::int8:
+      return body.template operator()<Format::int8>();
+    case Format::fp8:
+      return body.template operator()<Format::fp8>();
   }
 }
+
+int64_t absmax_bytes(Format format, int64_t cols) { return num_blocks(format, cols) * scale_bytes(format); }
 
 }  // namespace
 
-USAF_CLONES float nf4_encode_block(const float* weight, int64_t count, uint8_t* codes) {
-  const float absmax = block_absmax(weight, count);
-  const float inverse = nf4_inverse_scale(absmax);
-  uint32_t code[kBlockSize] = {};
-  for (int64_t i = 0; i < count; ++i) code[i] = nf4_encode(weight[i] * inverse);
-  pack(code, count, codes);
-  return absmax;
+template <class T>
+void decode_row(Format format, const uint8_t* codes, const void* absmax, int64_t cols, T* out) {
+  with_format(format, [&]<Format kFormat>() {
+    with_isa([&]<class Set>() { Set::template decode_row<kFormat>(codes, absmax, cols, out); });
+  });
 }
 
-USAF_CLONES float nf4_encode_block_stochastic(const float* weight, int64_t count, const uint32_t* random,
-                                              uint8_t* codes) {
-  const float absmax = block_absmax(weight, count);
-  const float inverse = nf4_inverse_scale(absmax);
-  uint32_t code[kBlockSize] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    code[i] = nf4_encode_stochastic(weight[i] * inverse, to_uniform(random[i]));
-  }
-  pack(code, count, codes);
-  return absmax;
+template <class T>
+void encode_row(Format format, const T* weight, int64_t cols, uint8_t* codes, void* absmax) {
+  with_format(format, [&]<Format kFormat>() {
+    with_isa([&]<class Set>() { Set::template encode_row<kFormat>(weight, cols, codes, absmax); });
+  });
+  const int64_t used = used_bytes(format, cols);
+  std::memset(codes + used, 0, static_cast<size_t>(code_bytes(format, cols) - used));
 }
 
-void decode_row(Format format, const uint8_t* codes, const float* absmax, int64_t cols, float* out) {
-  if (format == Format::nf4) {
-    decode_nf4(codes, absmax, cols, out);
-  } else {
-    widen(reinterpret_cast<const Bf16*>(codes), cols, out);
-  }
-}
+template void decode_row(Format, const uint8_t*, const void*, int64_t, float*);
+template void decode_row(Format, const uint8_t*, const void*, int64_t, Bf16*);
+template void decode_row(Format, const uint8_t*, const void*, int64_t, F16*);
+template void encode_row(Format, const float*, int64_t, uint8_t*, void*);
+template void encode_row(Format, const Bf16*, int64_t, uint8_t*, void*);
+template void encode_row(Format, const F16*, int64_t, uint8_t*, void*);
 
-void decode_row(Format format, const uint8_t* codes, const float* absmax, int64_t cols, Bf16* out) {
-  if (format == Format::nf4) {
-    decode_nf4(codes, absmax, cols, out);
-  } else {
-    std::memcpy(out, codes, static_cast<size_t>(2 * cols));
-  }
-}
-
-void encode_row(Format format, const float* weight, int64_t cols, uint8_t* codes, float* absmax) {
-  const int64_t used = format == Format::nf4 ? (cols + 1) / 2 : 2 * cols;
-  if (format == Format::nf4) {
-    for (int64_t start = 0, block = 0; start < cols; start += kBlockSize, ++block) {
-      absmax[block] = nf4_encode_block(weight + start, std::min(kBlockSize, cols - start), codes + start / 2);
+void encode_block(Format format, const float* weight, int64_t count, const uint32_t* random, uint8_t* codes,
+                  void* absmax) {
+  with_format(format, [&]<Format kFormat>() {
+    if constexpr (kFormat == Format::bf16) {
+      if (random) {
+        auto* out = reinterpret_cast<Bf16*>(codes);
+        for (int64_t i = 0; i < count; ++i) out[i] = to_bf16_stochastic(weight[i], random[i]);
+        return;
+      }
     }
-  } else {
-    narrow(weight, cols, reinterpret_cast<Bf16*>(codes));
-  }
-  std::memset(codes + used, 0, static_cast<size_t>(code_bytes(format, cols) - used));
+    with_isa([&]<class Set>() {
+      if constexpr (kFormat != Format::bf16) {
+        if (random) return Set::template encode_stochastic<kFormat>(weight, count, random, codes, absmax);
+      }
+      Set::template encode_row<kFormat>(weight, count, codes, absmax);
+    });
+  });
 }
 
-void encode_row(Format format, const Bf16* weight, int64_t cols, uint8_t* codes, float* absmax) {
-  if (format == Format::bf16) {
-    std::memcpy(codes, weight, static_cast<size_t>(2 * cols));
-    std::memset(codes + 2 * cols, 0, static_cast<size_t>(code_bytes(format, cols) - 2 * cols));
-    return;
-  }
-  float block_weight[kBlockSize];
-  for (int64_t start = 0, block = 0; start < cols; start += kBlockSize, ++block) {
-    const int64_t count = std::min(kBlockSize, cols - start);
-    widen(weight + start, count, block_weight);
-    absmax[block] = nf4_encode_block(block_weight, count, codes + start / 2);
-  }
-  const int64_t used = (cols + 1) / 2;
-  std::memset(codes + used, 0, static_cast<size_t>(code_bytes(format, cols) - used));
+void decode_block(Format format, const uint8_t* codes, const void* absmax, int64_t count, float* out) {
+  decode_row(format, codes, absmax, count, out);
 }
 
 void encode_rows(const EncodeRowsArgs& args, void*) {
-  const int64_t stride = code_bytes(args.format, args.cols), blocks = num_blocks(args.format, args.cols);
+  const int64_t stride = code_bytes(args.format, args.cols), scale_stride = absmax_bytes(args.format, args.cols);
   with_type(args.weight_dtype, [&]<class T>(T) {
     const T* weight = static_cast<const T*>(args.weight);
+    auto* absmax = static_cast<uint8_t*>(args.absmax);
     parallel_for(args.num_rows, args.cols, [&](int64_t r) {
       const int64_t row = args.row_index ? args.row_index[r] : r;
       encode_row(args.format, weight + r * args.weight_stride, args.cols, args.codes + row * stride,
-                 args.absmax + row * blocks);
+                 absmax + row * scale_stride);
     });
   });
 }
 
 void decode_rows(const DecodeRowsArgs& args, void*) {
-  const int64_t stride = code_bytes(args.format, args.cols), blocks = num_blocks(args.format, args.cols);
+  const int64_t stride = code_bytes(args.format, args.cols), scale_stride = absmax_bytes(args.format, args.cols);
   with_type(args.out_dtype, [&]<class T>(T) {
     T* out = static_cast<T*>(args.out);
+    const auto* absmax = static_cast<const uint8_t*>(args.absmax);
     parallel_for(args.num_rows, args.cols, [&](int64_t r) {
       const int64_t row = args.row_index ? args.row_index[r] : r;
       const int64_t target = args.out_index ? args.out_index[r] : r;
-      decode_row(args.format, args.codes + row * stride, args.absmax + row * blocks, args.cols,
+      decode_row(args.format, args.codes + row * stride, absmax + row * scale_stride, args.cols,
                  out + target * args.out_stride);
     });
   });

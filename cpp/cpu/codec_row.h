@@ -1,24 +1,27 @@
-// One row, and one block of a row, through the codec: shared by the codec and Adam kernels.
+// One row, and one block of a row, through the codec: shared by the codec, Adam and expert-layer kernels. `absmax`
+// points at the row's or block's scales, of scale_bytes(format) each (not read or written for bf16). The formulas are
+// those of numerics/block_codec.h; the bits do not depend on the CPU.
 #pragma once
 #include <cstdint>
 
 #include "../numerics/bfloat16.h"
+#include "../numerics/float16.h"
 #include "../numerics/formats.h"
 
 namespace usaf::cpu {
 
-inline constexpr int64_t kBlockBytes = kBlockSize / 2;
-
-// NF4 block of `count` <= 64 weights; codes: (count + 1) / 2 bytes. Returns the absmax.
-float nf4_encode_block(const float* weight, int64_t count, uint8_t* codes);
-// Stochastic rounding with one random number a weight.
-float nf4_encode_block_stochastic(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes);
-
-void decode_row(Format format, const uint8_t* codes, const float* absmax, int64_t cols, float* out);
-void decode_row(Format format, const uint8_t* codes, const float* absmax, int64_t cols, Bf16* out);
+// T is float, Bf16 or F16. Padding of the codes is not read.
+template <class T>
+void decode_row(Format format, const uint8_t* codes, const void* absmax, int64_t cols, T* out);
 
 // Writes every byte of the row, padding included.
-void encode_row(Format format, const float* weight, int64_t cols, uint8_t* codes, float* absmax);
-void encode_row(Format format, const Bf16* weight, int64_t cols, uint8_t* codes, float* absmax);
+template <class T>
+void encode_row(Format format, const T* weight, int64_t cols, uint8_t* codes, void* absmax);
+
+// A block of `count` <= 64 weights to used_bytes(format, count) bytes of codes and one scale. `random`: one number a
+// weight for stochastic rounding, or null for rounding to nearest.
+void encode_block(Format format, const float* weight, int64_t count, const uint32_t* random, uint8_t* codes,
+                  void* absmax);
+void decode_block(Format format, const uint8_t* codes, const void* absmax, int64_t count, float* out);
 
 }  // namespace usaf::cpu

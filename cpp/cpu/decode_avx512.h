@@ -4,33 +4,27 @@
 #include <cstdint>
 
 #include "../numerics/bfloat16.h"
-#include "../numerics/formats.h"
-#include "../numerics/nf4.h"
+#include "../numerics/block_codec.h"
+#include "isa.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef USAF_HAS_ISA_LEVELS
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own header: the undefined source of a full mask
 #include <immintrin.h>
-#define USAF_HAS_AVX512_DECODE 1
 
 namespace usaf::cpu {
-
-inline bool cpu_has_avx512bw() {
-  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-  return has;
-}
 
 // A page comes from DRAM once: ask for its codes this far ahead.
 inline constexpr int64_t kPrefetchBytes = 2048;
 
-#define USAF_AVX512 __attribute__((target("avx512f,avx512bw")))
-
 // codes: num_blocks * 32 bytes.
-USAF_AVX512 inline void decode_nf4_blocks(const uint8_t* codes, const float* absmax, int64_t num_blocks, float* out) {
+template <Format kFormat>
+USAF_AVX512 inline void decode_nf4_blocks(const uint8_t* codes, const typename BlockCodec<kFormat>::Scale* absmax,
+                                          int64_t num_blocks, float* out) {
   const __m512 values = _mm512_loadu_ps(kNf4Values);
   for (int64_t block = 0; block < num_blocks; ++block) {
     _mm_prefetch(reinterpret_cast<const char*>(codes + block * (kBlockSize / 2) + kPrefetchBytes), _MM_HINT_T0);
-    const __m512 table = _mm512_mul_ps(values, _mm512_set1_ps(absmax[block]));
+    const __m512 table = _mm512_mul_ps(values, _mm512_set1_ps(BlockCodec<kFormat>::step(absmax[block])));
     for (int64_t i = 0; i < kBlockSize; i += 16) {
       // 8 bytes in 8 quadwords; the permute reads the low 4 bits of each doubleword: high nibble first.
       const auto* bytes = reinterpret_cast<const __m128i*>(codes + block * (kBlockSize / 2) + i / 2);
@@ -41,12 +35,14 @@ USAF_AVX512 inline void decode_nf4_blocks(const uint8_t* codes, const float* abs
   }
 }
 
-USAF_AVX512 inline void decode_nf4_blocks(const uint8_t* codes, const float* absmax, int64_t num_blocks, Bf16* out) {
+template <Format kFormat>
+USAF_AVX512 inline void decode_nf4_blocks(const uint8_t* codes, const typename BlockCodec<kFormat>::Scale* absmax,
+                                          int64_t num_blocks, Bf16* out) {
   const __m512 values = _mm512_loadu_ps(kNf4Values);
   const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1), quiet = _mm512_set1_epi32(0x40);
   for (int64_t block = 0; block < num_blocks; ++block) {
     _mm_prefetch(reinterpret_cast<const char*>(codes + block * (kBlockSize / 2) + kPrefetchBytes), _MM_HINT_T0);
-    const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(absmax[block]));
+    const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(BlockCodec<kFormat>::step(absmax[block])));
     // to_bf16 of numerics/bfloat16.h, 16 at a time
     const __m512i bits = _mm512_castps_si512(scaled), high = _mm512_srli_epi32(bits, 16);
     const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(half, _mm512_and_si512(high, one)));

@@ -22,12 +22,18 @@ USAF_CLONES void add_scaled(const float* row, float weight, int64_t count, float
 USAF_CLONES void add_scaled(const Bf16* row, float weight, int64_t count, float* sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] += weight * to_float(row[i]);
 }
+USAF_CLONES void add_scaled(const F16* row, float weight, int64_t count, float* sum) {
+  for (int64_t i = 0; i < count; ++i) sum[i] += weight * to_float(row[i]);
+}
 
 USAF_CLONES void scale(const float* row, float weight, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = weight * row[i];
 }
 USAF_CLONES void scale(const Bf16* row, float weight, int64_t count, Bf16* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(weight * to_float(row[i]));
+}
+USAF_CLONES void scale(const F16* row, float weight, int64_t count, F16* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_f16(weight * to_float(row[i]));
 }
 
 USAF_CLONES void round_row(const float* sum, int64_t count, float* out) {
@@ -36,9 +42,13 @@ USAF_CLONES void round_row(const float* sum, int64_t count, float* out) {
 USAF_CLONES void round_row(const float* sum, int64_t count, Bf16* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(sum[i]);
 }
+USAF_CLONES void round_row(const float* sum, int64_t count, F16* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_f16(sum[i]);
+}
 
 USAF_CLONES float dot_rows(const float* a, const float* b, int64_t count) { return dot(a, b, count); }
 USAF_CLONES float dot_rows(const Bf16* a, const Bf16* b, int64_t count) { return dot(a, b, count); }
+USAF_CLONES float dot_rows(const F16* a, const F16* b, int64_t count) { return dot(a, b, count); }
 
 }  // namespace
 

@@ -97,37 +97,31 @@ struct Row {
   }
 
   // The new codes of one block of nearest rounding, or (random not null) of stochastic rounding. True if a bit changed.
-  bool encode(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes, float* absmax) const {
-    if (args.format == Format::nf4) {
-      uint8_t encoded[kBlockBytes];
-      const float new_absmax = random ? nf4_encode_block_stochastic(weight, count, random, encoded)
-                                      : nf4_encode_block(weight, count, encoded);
-      const bool changed = replace(codes, encoded, (count + 1) / 2);
-      return replace(absmax, &new_absmax, 1) || changed;
-    }
-    Bf16 encoded[kBlockSize];
-    for (int64_t i = 0; i < count; ++i) {
-      encoded[i] = random ? to_bf16_stochastic(weight[i], random[i]) : to_bf16(weight[i]);
-    }
-    return replace(reinterpret_cast<Bf16*>(codes), encoded, count);
+  bool encode(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes, uint8_t* absmax) const {
+    uint8_t encoded[2 * kBlockSize];
+    alignas(float) uint8_t scale[sizeof(float)];
+    encode_block(args.format, weight, count, random, encoded, scale);
+    const bool changed = replace(codes, encoded, used_bytes(args.format, count));
+    if (args.format == Format::bf16) return changed;
+    return replace(absmax, scale, scale_bytes(args.format)) || changed;
   }
 
   // True if a bit of codes, absmax or master changed.
   bool run() const {
+    const int64_t scale_step = num_blocks(args.format, kBlockSize) * scale_bytes(args.format);
+    const int64_t code_step = used_bytes(args.format, kBlockSize);
     uint8_t* codes = args.codes + row * code_bytes(args.format, args.cols);
-    float* absmax = args.absmax + row * num_blocks(args.format, args.cols);
-    const int64_t code_step = args.format == Format::nf4 ? kBlockBytes : 2 * kBlockSize;
-    const int64_t absmax_step = args.format == Format::nf4 ? 1 : 0;
+    uint8_t* absmax = static_cast<uint8_t*>(args.absmax) + row * num_blocks(args.format, args.cols) * scale_step;
     bool changed = false;
     float weight[kBlockSize];
     uint32_t random[kBlockSize];
-    for (int64_t start = 0; start < args.cols; start += kBlockSize, codes += code_step, absmax += absmax_step) {
+    for (int64_t start = 0; start < args.cols; start += kBlockSize, codes += code_step, absmax += scale_step) {
       const int64_t count = std::min(kBlockSize, args.cols - start);
       if (args.mode == AdamMode::master) {
         changed |= step_master(start, count, weight);
         changed |= encode(weight, count, nullptr, codes, absmax);
       } else {
-        decode_row(args.format, codes, absmax, count, weight);
+        decode_block(args.format, codes, absmax, count, weight);
         step_block(scalars, grad_scale, block_at(start, count), weight);
         fill_random(args.seed, step, args.first_element + row * args.cols + start, count, random);
         changed |= encode(weight, count, random, codes, absmax);

@@ -1,9 +1,10 @@
 // Gradients of single neurons: for each, three rows of length hidden, a dot product over the expert's tokens at every
 // column. A register tile of kNeurons x (2 * 16) columns reads each token once for all its neurons.
 //
-// Sums run over the tokens in ascending order, from zero, in fp32; then they are added to (or, for the importance,
-// squared into) the result. Neither tiles nor threads change the order.
+// Sums run over the tokens in ascending order, from zero, in fp32; then they are added to the result and rounded once
+// (or, for the importance, reduced into it). Neither tiles nor threads change the order.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "../kernel_api.h"
@@ -42,6 +43,10 @@ USAF_CLONES void gradient_tile(const float* coefficient, const float* rows, int6
   full_tile(coefficient, rows, stride, num_tokens, tile);
 }
 USAF_CLONES void gradient_tile(const float* coefficient, const Bf16* rows, int64_t stride, int64_t num_tokens,
+                               GradientTile& tile) {
+  full_tile(coefficient, rows, stride, num_tokens, tile);
+}
+USAF_CLONES void gradient_tile(const float* coefficient, const F16* rows, int64_t stride, int64_t num_tokens,
                                GradientTile& tile) {
   full_tile(coefficient, rows, stride, num_tokens, tile);
 }
@@ -110,6 +115,40 @@ struct NeuronBlock {
   int64_t expert, first, count;
 };
 
+template <class T>
+void add_to(T* row, const float* sum, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) row[i] = from_float<T>(to_float(row[i]) + sum[i]);
+}
+
+template <class T>
+float sum_of_magnitudes(const float* gradient, const T* weight, int64_t count) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < count; ++i) sum += std::fabs(gradient[i] * to_float(weight[i]));
+  return sum;
+}
+
+using DoubleLanes = double __attribute__((vector_size(8 * kLanes)));
+
+// In double, lane by lane, then the lanes in ascending order, then the tail.
+template <class T>
+USAF_ALWAYS_INLINE double sum_of_squares(const T* row, int64_t count) {
+  DoubleLanes sum = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Lanes lanes;
+    load_lanes(row + i, lanes);
+    const DoubleLanes wide = __builtin_convertvector(lanes, DoubleLanes);
+    sum += wide * wide;
+  }
+  double total = 0.0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  for (; i < count; ++i) total += static_cast<double>(to_float(row[i])) * static_cast<double>(to_float(row[i]));
+  return total;
+}
+
+USAF_CLONES double row_square(const float* row, int64_t count) { return sum_of_squares(row, count); }
+USAF_CLONES double row_square(const Bf16* row, int64_t count) { return sum_of_squares(row, count); }
+
 }  // namespace
 
 void row_gradient(const RowGradientArgs& args, void*) {
@@ -138,12 +177,23 @@ void row_gradient(const RowGradientArgs& args, void*) {
       std::vector<float> coefficient;
       operands.for_each_tile(args.neuron_index + block.first, block.count, first, num_tokens, coefficient,
                              [&](int matrix, int64_t column, int64_t num_columns, const GradientTile& tile) {
-                               for (int64_t n = 0; n < block.count; ++n) {
-                                 float* row = args.grad + ((block.first + n) * 3 + matrix) * args.hidden_size + column;
-                                 for (int64_t c = 0; c < num_columns; ++c) row[c] += tile[n][c];
-                               }
+                               with_type(args.grad_dtype, [&]<class G>(G) {
+                                 for (int64_t n = 0; n < block.count; ++n) {
+                                   const int64_t row = (block.first + n) * 3 + matrix;
+                                   add_to(static_cast<G*>(args.grad) + row * args.hidden_size + column, tile[n],
+                                          num_columns);
+                                 }
+                               });
                              });
     });
+  });
+}
+
+void squares_of_rows(const SquaresOfRowsArgs& args, void*) {
+  with_type(args.dtype, [&]<class T>(T) {
+    const T* rows = static_cast<const T*>(args.rows);
+    parallel_for(args.num_rows, args.cols,
+                 [&](int64_t r) { args.squares[r] = row_square(rows + r * args.cols, args.cols); });
   });
 }
 
@@ -151,6 +201,7 @@ void row_importance(const RowImportanceArgs& args, void*) {
   const int64_t blocks_per_expert = (args.intermediate_size + kNeurons - 1) / kNeurons;
   with_type(args.dtype, [&]<class T>(T) {
     const Operands<T> operands(args);
+    const T* weights = static_cast<const T*>(args.weights);
     parallel_for_uneven(args.num_experts * blocks_per_expert, 3 * args.hidden_size * kNeurons, [&](int64_t b) {
       const int64_t expert = b / blocks_per_expert, neuron = b % blocks_per_expert * kNeurons;
       const int64_t count = std::min(kNeurons, args.intermediate_size - neuron);
@@ -159,16 +210,21 @@ void row_importance(const RowImportanceArgs& args, void*) {
       if (num_tokens == 0) return;
       int32_t neurons[kNeurons];
       for (int64_t n = 0; n < count; ++n) neurons[n] = static_cast<int32_t>(neuron + n);
-      double squares[kNeurons] = {};
+      double sum[kNeurons] = {};
       std::vector<float> coefficient;
-      operands.for_each_tile(neurons, count, first, num_tokens, coefficient,
-                             [&](int, int64_t, int64_t num_columns, const GradientTile& tile) {
-                               for (int64_t n = 0; n < count; ++n) {
-                                 squares[n] += static_cast<double>(dot(tile[n], tile[n], num_columns));
-                               }
-                             });
+      operands.for_each_tile(
+          neurons, count, first, num_tokens, coefficient,
+          [&](int matrix, int64_t column, int64_t num_columns, const GradientTile& tile) {
+            const int64_t row = (expert * 3 + matrix) * args.intermediate_size + neuron;
+            for (int64_t n = 0; n < count; ++n) {
+              sum[n] += static_cast<double>(
+                  weights == nullptr
+                      ? dot(tile[n], tile[n], num_columns)
+                      : sum_of_magnitudes(tile[n], weights + (row + n) * args.hidden_size + column, num_columns));
+            }
+          });
       float* importance = args.importance + expert * args.intermediate_size + neuron;
-      for (int64_t n = 0; n < count; ++n) importance[n] += static_cast<float>(squares[n]);
+      for (int64_t n = 0; n < count; ++n) importance[n] += static_cast<float>(sum[n]);
     });
   });
 }

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../numerics/bfloat16.h"
+#include "../numerics/float16.h"
 
 namespace usaf::cpu {
 
@@ -22,6 +23,13 @@ USAF_ALWAYS_INLINE void load_lanes(const Bf16* values, Lanes& lanes) {
   std::memcpy(&halves, values, sizeof halves);
   const Words words = __builtin_convertvector(halves, Words) << 16;
   std::memcpy(&lanes, &words, sizeof lanes);
+}
+
+// to_float(F16) of numerics/float16.h, lane by lane.
+USAF_ALWAYS_INLINE void load_lanes(const F16* values, Lanes& lanes) {
+  float wide[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) wide[i] = to_float(values[i]);
+  std::memcpy(&lanes, wide, sizeof lanes);
 }
 
 // The lanes' sum as a tree: lane i with i + 8, then i + 4, i + 2, i + 1.

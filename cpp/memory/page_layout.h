@@ -25,7 +25,7 @@ struct PageLayout {
 inline PageLayout make_page_layout(Format format, int64_t hidden_size, int64_t intermediate_size) {
   PageLayout layout{format, hidden_size, intermediate_size, {}, {}, 0, 0};
   const int64_t codes = intermediate_size * code_bytes(format, hidden_size);
-  const int64_t absmax = intermediate_size * num_blocks(format, hidden_size) * int64_t{sizeof(float)};
+  const int64_t absmax = intermediate_size * num_blocks(format, hidden_size) * scale_bytes(format);
   const int64_t absmax_begin = round_up(kMatricesPerExpert * codes, kPartAlign);
   for (int matrix = 0; matrix < kMatricesPerExpert; ++matrix) {
     layout.codes_offset[matrix] = matrix * codes;

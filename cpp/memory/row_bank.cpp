@@ -40,6 +40,12 @@ RowBank::RowBank(Format format, int64_t num_experts, int64_t hidden_size, int64_
                     pointers.neuron_index == nullptr || (num_blocks(format, hidden_size) > 0 && !pointers.absmax))) {
     throw std::invalid_argument("RowBank: codes, absmax, neuron_expert and neuron_index must not be null");
   }
+  if (pointers.grad != nullptr && pointers.grad_squares == nullptr) {
+    throw std::invalid_argument("RowBank: grad_squares must not be null where there is a gradient");
+  }
+  if (pointers.grad_dtype != DType::f32 && pointers.grad_dtype != DType::bf16) {
+    throw std::invalid_argument("RowBank: grad_dtype: expected 'float32' or 'bfloat16'");
+  }
 
   index_.assign(neuron_index.begin(), neuron_index.end());
   for (int matrix = 0; matrix < kMatricesPerExpert; ++matrix) {

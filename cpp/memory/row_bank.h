@@ -7,17 +7,19 @@
 #include <cstdint>
 #include <vector>
 
-#include "../numerics/formats.h"
+#include "../kernel_api.h"
 
 namespace usaf {
 
 struct BankPointers {
   const uint8_t* codes = nullptr;  // [num_neurons, 3, code_bytes]
-  const float* absmax = nullptr;   // [num_neurons, 3, num_blocks]
-  float* grad = nullptr;           // [num_neurons, 3, hidden_size], or null: nothing of this layer is being trained
+  const void* absmax = nullptr;    // [num_neurons, 3, num_blocks] of scale_bytes(format) each
+  void* grad = nullptr;            // [num_neurons, 3, hidden_size], or null: nothing of this bank is being trained
+  DType grad_dtype = DType::f32;   // f32 or bf16
   const int32_t* neuron_expert = nullptr;  // [num_neurons]
   const int32_t* neuron_index = nullptr;   // [num_neurons]
-  uint8_t* expert_hit = nullptr;           // [num_experts], on the host: set to 1 where a backward had tokens; or null
+  uint8_t* expert_hit = nullptr;   // [num_experts], on the host: set to 1 where a backward added to grad; or null
+  double* grad_squares = nullptr;  // [num_experts], on the host: sum of squares of each expert's rows of grad
 };
 
 class RowBank {

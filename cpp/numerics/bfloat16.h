@@ -1,8 +1,8 @@
 // bfloat16 as its 16 bits: conversion to and from float, round to nearest even (IEEE 754; NaN stays a quiet NaN).
 #pragma once
 #include <cstdint>
-#include <cstring>
 
+#include "float_bits.h"
 #include "host_device.h"
 
 namespace usaf {
@@ -12,20 +12,7 @@ struct Bf16 {
 };
 static_assert(sizeof(Bf16) == 2, "bfloat16 is two bytes");
 
-USAF_HD uint32_t float_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-USAF_HD float bits_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 USAF_HD float to_float(Bf16 value) { return bits_float(static_cast<uint32_t>(value.bits) << 16); }
-USAF_HD float to_float(float value) { return value; }
 
 USAF_HD Bf16 to_bf16(float value) {
   const uint32_t bits = float_bits(value);
@@ -42,12 +29,6 @@ USAF_HD Bf16 to_bf16_stochastic(float value, uint32_t random) {
   return is_nan ? to_bf16(value) : Bf16{static_cast<uint16_t>((bits + (random & 0xffffu)) >> 16)};
 }
 
-template <class T>
-USAF_HD T from_float(float value);
-template <>
-USAF_HD float from_float<float>(float value) {
-  return value;
-}
 template <>
 USAF_HD Bf16 from_float<Bf16>(float value) {
   return to_bf16(value);

@@ -1,14 +1,14 @@
-// NF4: 4-bit NormalFloat with one fp32 absmax per block of 64 weights.
+// NF4: 4-bit NormalFloat with one absmax per block of 64 weights, fp32 or (nf4_f16) fp16.
 //
 // Formula: absmax = max |w|; code = index of the table entry nearest to w * (1 / max(absmax, 1e-38)), ties to the lower
-// index; decode = table[code] * absmax in fp32. The table is the published one (Dettmers et al., QLoRA, arXiv
+// index; decode = table[code] * absmax in fp32. With an fp16 absmax, that of the block rounded up to fp16 takes its
+// place everywhere. The table is the published one (Dettmers et al., QLoRA, arXiv
 // 2305.14314, appendix E). Full blocks equal bitsandbytes' quantize_4bit byte for byte; a short block follows the same
 // formula. The first weight of a pair stands in the high nibble; nibbles and bytes past the row's end are 0. A block of
 // zeros has absmax 0 and code 7. A block with a NaN or an infinity has that as its absmax, so it decodes to no number.
 #pragma once
 #include <cstdint>
 
-#include "bfloat16.h"
 #include "host_device.h"
 
 // One list for every backend: host and device tables are initialised from it.
@@ -23,8 +23,6 @@ inline constexpr float kNf4Values[16] = {USAF_NF4_VALUES};
 inline constexpr int kNf4ZeroCode = 7;
 static_assert(kNf4Values[kNf4ZeroCode] == 0.0f && kNf4Values[15] == 1.0f && sizeof(kNf4Values) == 16 * sizeof(float));
 
-inline constexpr float kNf4MinAbsmax = 1e-38f;
-
 // The bound between codes `i` and `i + 1`. A constant when `i` is one.
 USAF_HD constexpr float nf4_threshold(int i) {
   constexpr float values[16] = {USAF_NF4_VALUES};
@@ -36,16 +34,11 @@ USAF_HD constexpr float nf4_value(int i) {
   return values[i];
 }
 
-// |w| as ordered bits: the largest one of a block is its absmax (NaN above infinity above every number).
-USAF_HD uint32_t nf4_magnitude(float weight) { return float_bits(weight) & 0x7fffffffu; }
-
 // Where the code of weight `i` of a pack stands in the little-endian word that holds the pack's codes, in bits.
 USAF_HD constexpr int nf4_shift(int i) { return 4 * (i ^ 1); }
 static_assert(nf4_shift(0) == 4 && nf4_shift(1) == 0 && nf4_shift(2) == 12 && nf4_shift(3) == 8);
 
-USAF_HD float nf4_inverse_scale(float absmax) { return 1.0f / (absmax > kNf4MinAbsmax ? absmax : kNf4MinAbsmax); }
-
-// `normalized` = w * nf4_inverse_scale(absmax). A bisection over the bounds: four compares and selects, no memory read,
+// `normalized` = w * inverse_step(absmax). A bisection over the bounds: four compares and selects, no memory read,
 // no branch. Written as selects of values, which every compiler vectorises; logic on bools it does not.
 USAF_HD uint32_t nf4_encode(float normalized) {
   const float x = normalized;

@@ -14,11 +14,15 @@ inline void check_dtype(const at::Tensor& tensor, const char* name, at::ScalarTy
   TORCH_CHECK_TYPE(tensor.scalar_type() == expected, name, ": expected ", expected, ", got ", tensor.scalar_type());
 }
 
-// float32 or bfloat16.
+// float32, bfloat16 or float16.
+inline DType check_float_type(at::ScalarType type, const char* name) {
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name,
+                   ": expected Float, BFloat16 or Half, got ", type);
+  return type == at::kFloat ? DType::f32 : type == at::kBFloat16 ? DType::bf16 : DType::f16;
+}
+
 inline DType check_float(const at::Tensor& tensor, const char* name) {
-  const at::ScalarType type = tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16, name, ": expected Float or BFloat16, got ", type);
-  return type == at::kFloat ? DType::f32 : DType::bf16;
+  return check_float_type(tensor.scalar_type(), name);
 }
 
 inline void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef expected) {
@@ -71,6 +75,9 @@ auto checked(const Parse& parse, std::string_view value) {
 }
 
 inline Format check_format(std::string_view value) { return checked(parse_format, value); }
+
+// The dtype of the format's scales.
+inline at::ScalarType scale_type(Format format) { return scale_bytes(format) == 2 ? at::kHalf : at::kFloat; }
 
 // leading + {last}.
 inline at::DimVector with_last(at::IntArrayRef leading, int64_t last) {

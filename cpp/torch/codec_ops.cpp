@@ -1,15 +1,17 @@
 // quantize_blocks, dequantize_blocks, quantize_rows_.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/abs.h>
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
 #include <torch/library.h>
 
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../numerics/float16.h"
 #include "backend.h"
 #include "checks.h"
 
@@ -18,19 +20,24 @@ namespace {
 
 using at::Tensor;
 
-void check_finite(const Tensor& weight) {
+// Finite, and not above what the format's scale can hold.
+void check_values(const Tensor& weight, Format format) {
   if (weight.numel() == 0) return;
+  const float limit = format == Format::nf4_f16 ? kF16Max : std::numeric_limits<float>::max();
   const auto [low, high] = at::aminmax(weight);  // a NaN wins both
-  if (std::isfinite(low.item<float>()) && std::isfinite(high.item<float>())) return;
-  const int64_t first = at::isfinite(weight).flatten().logical_not().nonzero().select(0, 0).item<int64_t>();
-  TORCH_CHECK_VALUE(false, "weight: expected finite values, got ", weight.flatten().select(0, first).item<float>(),
-                    " at flat index ", first);
+  if (-limit <= low.item<float>() && high.item<float>() <= limit) return;
+  const Tensor good = at::abs(weight.flatten().to(at::kFloat)).le(limit);
+  const int64_t first = good.logical_not().nonzero().select(0, 0).item<int64_t>();
+  const float value = weight.flatten().select(0, first).item<float>();
+  TORCH_CHECK_VALUE(!std::isfinite(value), "weight: expected magnitudes up to ", limit,
+                    " (the scales of nf4_f16 are fp16), got ", value, " at flat index ", first);
+  TORCH_CHECK_VALUE(false, "weight: expected finite values, got ", value, " at flat index ", first);
 }
 
 // Codes and scales of `cols` weights a row, any leading shape.
 void check_encoded(const Tensor& codes, const Tensor& absmax, int64_t cols, Format format) {
   check_dtype(codes, "codes", at::kByte);
-  check_dtype(absmax, "absmax", at::kFloat);
+  check_dtype(absmax, "absmax", scale_type(format));
   TORCH_CHECK_VALUE(cols >= 0, "cols: expected at least 0, got ", cols);
   TORCH_CHECK_VALUE(codes.dim() >= 1 && codes.size(-1) == code_bytes(format, cols),
                     "codes: expected a last dimension of ", code_bytes(format, cols), " bytes for ", cols,
@@ -64,13 +71,13 @@ std::tuple<Tensor, Tensor> quantize_blocks(const Tensor& weight_in, std::string_
   TORCH_CHECK_VALUE(weight_in.dim() >= 1, "weight: expected at least 1 dimension, got a 0-dim tensor");
   const typename Backend::Guard guard(weight_in);
   const Tensor weight = weight_in.contiguous();
-  check_finite(weight);
+  check_values(weight, format);
   const int64_t cols = weight.size(-1);
   const at::IntArrayRef leading = weight.sizes().slice(0, weight.dim() - 1);
   Tensor codes = at::empty(with_last(leading, code_bytes(format, cols)), weight.options().dtype(at::kByte));
-  Tensor absmax = at::empty(with_last(leading, num_blocks(format, cols)), weight.options().dtype(at::kFloat));
-  Backend::encode_rows({weight.const_data_ptr(), codes.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr<float>(),
-                        nullptr, c10::multiply_integers(leading), cols, cols, format, dtype},
+  Tensor absmax = at::empty(with_last(leading, num_blocks(format, cols)), weight.options().dtype(scale_type(format)));
+  Backend::encode_rows({weight.const_data_ptr(), codes.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr(), nullptr,
+                        c10::multiply_integers(leading), cols, cols, format, dtype},
                        guard.stream());
   return {codes, absmax};
 }
@@ -80,7 +87,7 @@ Tensor dequantize_blocks(const Tensor& codes_in, const Tensor& absmax_in, int64_
                          at::ScalarType dtype, const std::optional<Tensor>& rows_in) {
   const Format format = check_format(format_name);
   check_encoded(codes_in, absmax_in, cols, format);
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16, "dtype: expected Float or BFloat16, got ", dtype);
+  const DType out_dtype = check_float_type(dtype, "dtype");
   const typename Backend::Guard guard(codes_in);
   const Tensor codes = codes_in.contiguous(), absmax = absmax_in.contiguous();
   at::DimVector sizes = with_last(codes.sizes().slice(0, codes.dim() - 1), cols);
@@ -92,10 +99,10 @@ Tensor dequantize_blocks(const Tensor& codes_in, const Tensor& absmax_in, int64_
   }
   Tensor out = at::empty(sizes, codes.options().dtype(dtype));
   const int64_t num_rows = c10::multiply_integers(at::IntArrayRef(sizes).slice(0, sizes.size() - 1));
-  Backend::decode_rows({codes.const_data_ptr<uint8_t>(), absmax.const_data_ptr<float>(), out.mutable_data_ptr(),
-                        rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr, nullptr, num_rows, cols, cols,
-                        format, dtype == at::kFloat ? DType::f32 : DType::bf16},
-                       guard.stream());
+  Backend::decode_rows(
+      {codes.const_data_ptr<uint8_t>(), absmax.const_data_ptr(), out.mutable_data_ptr(),
+       rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr, nullptr, num_rows, cols, cols, format, out_dtype},
+      guard.stream());
   return out;
 }
 
@@ -108,14 +115,14 @@ void quantize_rows_(const Tensor& codes, const Tensor& absmax, const Tensor& row
   const int64_t cols = weight_in.size(1);
   check_encoded(codes, absmax, cols, format);
   check_writable(codes, "codes", at::kByte, codes.sizes());
-  check_writable(absmax, "absmax", at::kFloat, absmax.sizes());
+  check_writable(absmax, "absmax", scale_type(format), absmax.sizes());
   check_device(weight_in, "weight", codes);
   const typename Backend::Guard guard(codes);
   const Tensor rows = rows_in.contiguous(), weight = weight_in.contiguous();
   check_rows<Backend>(rows, codes, true);
   check_shape(weight, "weight", {rows.size(0), cols});
-  check_finite(weight);
-  Backend::encode_rows({weight.const_data_ptr(), codes.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr<float>(),
+  check_values(weight, format);
+  Backend::encode_rows({weight.const_data_ptr(), codes.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr(),
                         rows.const_data_ptr<int64_t>(), rows.size(0), cols, cols, format, dtype},
                        guard.stream());
 }

@@ -1,6 +1,8 @@
 #include "expert_layer.h"
 
+#include <cmath>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -39,6 +41,21 @@ ExpertLayer::~ExpertLayer() {
   Registry& all = registry();
   const std::lock_guard lock(all.mutex);
   all.layers.erase(handle_);
+}
+
+void ExpertLayer::set_threshold(double alpha, const int64_t* counts) {
+  if (!(std::isfinite(alpha) && alpha >= 0.0)) {
+    throw std::invalid_argument("alpha: expected a finite number of at least 0, got " + std::to_string(alpha));
+  }
+  threshold_alpha_ = alpha;
+  threshold_counts_ = counts;
+}
+
+bool ExpertLayer::under_threshold(int64_t expert, const std::vector<int64_t>& tokens) const {
+  if (threshold_alpha_ == 0.0) return false;
+  const int64_t* counts = threshold_counts_ != nullptr ? threshold_counts_ : tokens.data();
+  const double sum = static_cast<double>(std::accumulate(counts, counts + num_experts(), int64_t{0}));
+  return static_cast<double>(counts[expert]) < threshold_alpha_ * (sum / static_cast<double>(num_experts()));
 }
 
 ExpertLayer* ExpertLayer::find(int64_t handle) {

@@ -3,12 +3,17 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "../kernel_api.h"
 #include "../memory/expert_sweep.h"
 #include "../memory/row_bank.h"
 
 namespace usaf {
+
+// What a backward adds to a neuron's importance, over the gradients g of its 3 * hidden_size weights w: the sum of g^2,
+// or of |g * w|.
+enum class ImportanceMetric : int32_t { gradient = 0, gradient_weight = 1 };
 
 class ExpertLayer {
  public:
@@ -31,10 +36,21 @@ class ExpertLayer {
   DType dtype() const { return dtype_; }
   void* scratch() const { return scratch_; }
 
-  // The trained neurons (null: none). Decoding overlays their rows; the backward adds to their gradients.
-  std::shared_ptr<const RowBank> bank;
+  // The bank whose gradients a backward adds to, or null.
+  const RowBank* trained_bank() const { return bank && bank->pointers().grad != nullptr ? bank.get() : nullptr; }
+
+  // An expert with fewer tokens than alpha * (mean over all experts) gets no weight gradient in a backward. `counts`:
+  // [num_experts] on the host, or null: the tokens of the micro-batch itself. alpha 0: off. Throws
+  // std::invalid_argument for a negative or non-finite alpha.
+  void set_threshold(double alpha, const int64_t* counts);
+  // Whether `expert` is under the threshold, where the micro-batch's own counts are `tokens` [num_experts].
+  bool under_threshold(int64_t expert, const std::vector<int64_t>& tokens) const;
+
+  // The trained neurons, and those trained before and now frozen (null: none). Decoding overlays the rows of both.
+  std::shared_ptr<const RowBank> bank, frozen_bank;
   // Where every later backward adds the neurons' importance: [num_experts, intermediate_size], or null.
   float* importance = nullptr;
+  ImportanceMetric importance_metric = ImportanceMetric::gradient;
   // Tokens per expert of the latest forward: [num_experts], on the host, or null.
   int32_t* token_counts = nullptr;
 
@@ -44,6 +60,8 @@ class ExpertLayer {
   Activation activation_;
   DType dtype_;
   void* scratch_;
+  double threshold_alpha_ = 0.0;
+  const int64_t* threshold_counts_ = nullptr;
 };
 
 }  // namespace usaf

@@ -51,7 +51,7 @@ void masked_adam_(const Tensor& codes, const Tensor& absmax, const Tensor& exp_a
   const at::IntArrayRef rows = grad_in.sizes().slice(0, grad_in.dim() - 1);
   const int64_t cols = grad_in.size(-1);
   check_writable(codes, "codes", at::kByte, with_last(rows, code_bytes(format, cols)));
-  check_writable(absmax, "absmax", at::kFloat, with_last(rows, num_blocks(format, cols)));
+  check_writable(absmax, "absmax", scale_type(format), with_last(rows, num_blocks(format, cols)));
   check_writable(exp_avg, "exp_avg", at::kFloat, grad_in.sizes());
   check_writable(exp_avg_sq, "exp_avg_sq", at::kFloat, grad_in.sizes());
   check_writable(step, "step", at::kInt, rows);
@@ -65,6 +65,7 @@ void masked_adam_(const Tensor& codes, const Tensor& absmax, const Tensor& exp_a
   DType master_dtype = DType::f32;
   if (master.has_value()) {
     master_dtype = check_float(*master, "master");
+    TORCH_CHECK_TYPE(master_dtype != DType::f16, "master: expected Float or BFloat16, got Half");
     check_writable(*master, "master", master->scalar_type(), grad_in.sizes());
     check_device(*master, "master", codes);
   }
@@ -82,7 +83,7 @@ void masked_adam_(const Tensor& codes, const Tensor& absmax, const Tensor& exp_a
   const Tensor grad = grad_in.contiguous();
   const OptionalTensor active = active_in.has_value() ? OptionalTensor(active_in->contiguous()) : std::nullopt;
   Backend::masked_adam({codes.mutable_data_ptr<uint8_t>(),
-                        absmax.mutable_data_ptr<float>(),
+                        absmax.mutable_data_ptr(),
                         master.has_value() ? master->mutable_data_ptr() : nullptr,
                         exp_avg.mutable_data_ptr<float>(),
                         exp_avg_sq.mutable_data_ptr<float>(),

@@ -1,4 +1,4 @@
-// The schemas of torch.ops.usaf, all but the expert layer's (experts_ops.cpp). `(a!)` marks what an op changes. Fakes
+// The schemas of torch.ops.usaf, all but the expert layer's (expert_ops.cpp). `(a!)` marks what an op changes. Fakes
 // and autograd formulas are in python/usaf_ext/ops; ops without a formula refuse to be differentiated.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -25,7 +25,7 @@ TORCH_LIBRARY(usaf, m) {
       "offsets, Tensor neuron_expert, Tensor neuron_index, SymInt first_expert=0) -> ()");
   m.def(
       "row_importance_(Tensor(a!) importance, Tensor x, Tensor grad_out, Tensor grad_gate_up, Tensor weighted_h, "
-      "Tensor offsets) -> ()");
+      "Tensor offsets, Tensor? weights=None) -> ()");
   // adam_mode, not mode: torch's tracing passes every argument by name through a function with its own `mode`.
   m.def(
       "masked_adam_(Tensor(a!) codes, Tensor(b!) absmax, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) step, "

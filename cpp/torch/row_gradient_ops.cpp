@@ -2,6 +2,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <optional>
+
 #include "backend.h"
 #include "checks.h"
 
@@ -46,7 +48,6 @@ struct Operands {
     }
   }
 
- private:
   void check_operand(const Tensor& tensor, const char* name, at::IntArrayRef shape) const {
     check_dtype(tensor, name, x.scalar_type());
     check_shape(tensor, name, shape);
@@ -67,7 +68,9 @@ void row_gradient_(const Tensor& grad, const Tensor& x, const Tensor& grad_out, 
   check_shape(neuron_index, "neuron_index", neuron_expert.sizes());
   check_device(neuron_expert, "neuron_expert", x);
   check_device(neuron_index, "neuron_index", x);
-  check_writable(grad, "grad", at::kFloat, {neuron_expert.size(0), 3, operands.hidden_size});
+  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat || grad.scalar_type() == at::kBFloat16,
+                   "grad: expected Float or BFloat16, got ", grad.scalar_type());
+  check_writable(grad, "grad", grad.scalar_type(), {neuron_expert.size(0), 3, operands.hidden_size});
   check_device(grad, "grad", x);
   TORCH_CHECK_VALUE(first_expert >= 0 && first_expert <= INT32_MAX, "first_expert: expected at least 0, got ",
                     first_expert);
@@ -79,24 +82,30 @@ void row_gradient_(const Tensor& grad, const Tensor& x, const Tensor& grad_out, 
   Backend::row_gradient(
       {operands.x.const_data_ptr(), operands.grad_out.const_data_ptr(), operands.grad_gate_up.const_data_ptr(),
        operands.weighted_h.const_data_ptr(), operands.offsets.template const_data_ptr<int32_t>(),
-       neuron_expert.const_data_ptr<int32_t>(), neuron_index.const_data_ptr<int32_t>(), grad.mutable_data_ptr<float>(),
+       neuron_expert.const_data_ptr<int32_t>(), neuron_index.const_data_ptr<int32_t>(), grad.mutable_data_ptr(),
        neuron_expert.size(0), first_expert, operands.num_experts, operands.hidden_size, operands.intermediate_size,
-       operands.dtype},
+       operands.dtype, grad.scalar_type() == at::kFloat ? DType::f32 : DType::bf16},
       guard.stream());
 }
 
 template <class Backend>
 void row_importance_(const Tensor& importance, const Tensor& x, const Tensor& grad_out, const Tensor& grad_gate_up,
-                     const Tensor& weighted_h, const Tensor& offsets) {
+                     const Tensor& weighted_h, const Tensor& offsets, const std::optional<Tensor>& weights_in) {
   const typename Backend::Guard guard(x);
   const Operands<Backend> operands(x, grad_out, grad_gate_up, weighted_h, offsets);
   check_writable(importance, "importance", at::kFloat, {operands.num_experts, operands.intermediate_size});
   check_device(importance, "importance", x);
-  Backend::row_importance({operands.x.const_data_ptr(), operands.grad_out.const_data_ptr(),
-                           operands.grad_gate_up.const_data_ptr(), operands.weighted_h.const_data_ptr(),
-                           operands.offsets.template const_data_ptr<int32_t>(), importance.mutable_data_ptr<float>(),
-                           operands.num_experts, operands.hidden_size, operands.intermediate_size, operands.dtype},
-                          guard.stream());
+  const Tensor weights = weights_in ? weights_in->contiguous() : Tensor();
+  if (weights_in) {
+    operands.check_operand(weights, "weights",
+                           {operands.num_experts, 3, operands.intermediate_size, operands.hidden_size});
+  }
+  Backend::row_importance(
+      {operands.x.const_data_ptr(), operands.grad_out.const_data_ptr(), operands.grad_gate_up.const_data_ptr(),
+       operands.weighted_h.const_data_ptr(), operands.offsets.template const_data_ptr<int32_t>(),
+       weights_in ? weights.const_data_ptr() : nullptr, importance.mutable_data_ptr<float>(), operands.num_experts,
+       operands.hidden_size, operands.intermediate_size, operands.dtype},
+      guard.stream());
 }
 
 }  // namespace

@@ -11,7 +11,10 @@ from . import _C, ops
 from .errors import StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .checkpoint_source import ModelSource
+    from .experts import PagedLayer
     from .store import ExpertStore
 
 logger = logging.getLogger(__name__)
@@ -57,12 +60,13 @@ class RowBank:
     mode "in_place" there is nothing beside them.
 
     Attributes (n neurons, E experts, H hidden_size; on `device` unless said otherwise):
-        layer: MoE layer number. format: "nf4" or "bf16". mode: "master" or "in_place".
+        layer: MoE layer number. format: one of `_C.FORMATS`. mode: "master" or "in_place".
         neuron_expert, neuron_index: int32 [n], sorted by (expert, neuron).
-        codes: uint8 [n, 3, code_bytes]. absmax: float32 [n, 3, num_blocks].
+        codes: uint8 [n, 3, code_bytes]. absmax: ops.scale_dtype(format) [n, 3, num_blocks].
         master: [n, 3, H], bfloat16 or float32, or None.
         grad: float32 [n, 3, H] that the expert layer's backward adds to; None when the bank is not trainable.
-        expert_hit: uint8 [E] on the CPU; backward sets 1 where an expert had tokens.
+        expert_hit: uint8 [E] on the CPU; backward sets 1 where an expert's gradients were added.
+        grad_squares: float64 [E] on the CPU: the sum of squares of each expert's rows of grad, kept by backward.
         native: the C++ view of these tensors.
     """
 
@@ -97,7 +101,7 @@ class RowBank:
         n = len(neuron_expert)
         expected: list[tuple[str, torch.Tensor, tuple[torch.dtype, ...], tuple[int, ...]]] = [
             ("codes", codes, (torch.uint8,), (n, ROWS_PER_NEURON, _C.code_bytes(format, hidden_size))),
-            ("absmax", absmax, (torch.float32,), (n, ROWS_PER_NEURON, _C.num_blocks(format, hidden_size))),
+            ("absmax", absmax, (ops.scale_dtype(format),), (n, ROWS_PER_NEURON, _C.num_blocks(format, hidden_size))),
         ]
         if master is not None:
             expected.append(("master", master, tuple(MASTER_DTYPES.values()), (n, ROWS_PER_NEURON, hidden_size)))
@@ -118,19 +122,25 @@ class RowBank:
             torch.zeros(n, ROWS_PER_NEURON, hidden_size, dtype=torch.float32, device=device) if trainable else None
         )
         self.expert_hit = torch.zeros(num_experts, dtype=torch.uint8)
-        self.native = _C.RowBank(
-            format,
-            num_experts,
-            hidden_size,
-            intermediate_size,
-            neuron_expert.tolist(),
-            neuron_index.tolist(),
+        self.grad_squares = torch.zeros(num_experts, dtype=torch.float64)
+        self._host_index = neuron_expert.tolist(), neuron_index.tolist()
+        self.native = self._native()
+
+    def _native(self) -> _C.RowBank:
+        return _C.RowBank(
+            self.format,
+            self.num_experts,
+            self.hidden_size,
+            self.intermediate_size,
+            *self._host_index,
             self.codes.data_ptr(),
             self.absmax.data_ptr(),
             self.grad.data_ptr() if self.grad is not None else 0,
+            str(torch.float32 if self.grad is None else self.grad.dtype).removeprefix("torch."),
             self.neuron_expert.data_ptr(),
             self.neuron_index.data_ptr(),
             self.expert_hit.data_ptr(),
+            self.grad_squares.data_ptr(),
         )
 
     @classmethod
@@ -211,6 +221,11 @@ class RowBank:
         return self.num_neurons * ROWS_PER_NEURON * self.hidden_size
 
     @property
+    def num_candidates(self) -> int:
+        """Weights that could be trained: all of the layer's experts."""
+        return self.num_experts * self.intermediate_size * ROWS_PER_NEURON * self.hidden_size
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors held (the optimizer's moments are its own)."""
         held = (
@@ -221,11 +236,12 @@ class RowBank:
             self.master,
             self.grad,
             self.expert_hit,
+            self.grad_squares,
         )
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights the model computes with: decoded codes, [n, 3, H] in `dtype` (float32 or bfloat16)."""
+        """The weights the model computes with: decoded codes, [n, 3, H] in `dtype` (float32, bfloat16 or float16)."""
         return ops.dequantize_blocks(self.codes, self.absmax, self.hidden_size, self.format, dtype=dtype)
 
     def trained_rows(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -233,7 +249,36 @@ class RowBank:
         return self.master.to(dtype) if self.master is not None else self.decode(dtype)
 
     def zero_grad(self) -> None:
-        """Clear the gradient and the record of experts with tokens."""
+        """Clear the gradient, its sums of squares and the record of experts with tokens."""
         if self.grad is not None:
             self.grad.zero_()
         self.expert_hit.zero_()
+        self.grad_squares.zero_()
+
+    def grad_norm(self) -> torch.Tensor:
+        """The Euclidean norm of `grad`, float64, 0-dim. Raises ValueError when the bank is not trainable."""
+        if self.grad is None:
+            raise ValueError(f"the bank of layer {self.layer} is not trainable: it has no gradient")
+        return torch.linalg.vector_norm(self.grad, dtype=torch.float64)
+
+
+def share_gradients(layers: Iterable[PagedLayer]) -> None:
+    """Let the trainable banks of `layers` keep their gradients in one buffer, as large as the largest of them.
+
+    For gradient release: each bank's gradient must be used up (`MaskedAdam.step_layer`, which clears it) before the
+    backward of another layer writes to the buffer. The banks must be in place, and their gradients are cleared.
+    Raises ValueError when no layer has a trainable bank.
+    """
+    trained = [(layer, layer.bank) for layer in layers if layer.bank is not None and layer.bank.grad is not None]
+    if not trained:
+        raise ValueError("layers: none has a trainable bank")
+    if len({bank.grad.dtype for _, bank in trained if bank.grad is not None}) > 1:
+        raise ValueError("layers: their banks' gradients differ in dtype")
+    like = max((bank.grad for _, bank in trained if bank.grad is not None), key=torch.Tensor.numel)
+    buffer = torch.zeros_like(like).reshape(-1)
+    for layer, bank in trained:
+        bank.grad = buffer[: bank.num_parameters].view(bank.num_neurons, ROWS_PER_NEURON, bank.hidden_size)
+        bank.expert_hit.zero_()
+        bank.grad_squares.zero_()
+        bank.native = bank._native()
+        layer.set_bank(bank)

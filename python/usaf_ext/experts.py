@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import _C
+from .errors import UsafError
 from .memory import ExpertMemory
 from .store import ExpertStore
 
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
     from .bank import RowBank
 
 ACTIVATIONS = ("silu", "gelu_tanh")
+IMPORTANCE_METRICS = ("gradient", "gradient_weight")
+
+_layers: weakref.WeakValueDictionary[int, PagedLayer] = weakref.WeakValueDictionary()  # by handle
 
 
 @torch.library.register_fake("usaf::experts_forward")
@@ -27,14 +33,28 @@ def _(grad_out, x, index, weights, handle):
     return torch.empty_like(x), torch.empty_like(weights), x.new_empty(1, dtype=torch.float32)
 
 
+@torch.library.register_fake("usaf::experts_forward_many")
+def _(x, index, weights, handle, training):
+    return [torch.empty_like(one) for one in x]
+
+
+@torch.library.register_fake("usaf::experts_backward_many")
+def _(grad_out, x, index, weights, handle):
+    grad_anchor = x[0].new_empty(1, dtype=torch.float32)
+    return [torch.empty_like(one) for one in x], [torch.empty_like(one) for one in weights], grad_anchor
+
+
 def _save_inputs(ctx, inputs, output):
     x, index, weights, _anchor, handle, _training = inputs
     ctx.save_for_backward(x, index, weights)
     ctx.handle = handle
+    ctx.routed = index  # kept past a checkpoint, which drops what is saved and makes it anew
 
 
 def _backward(ctx, grad_out):
     x, index, weights = ctx.saved_tensors
+    if index is not ctx.routed:
+        _layers[ctx.handle].note_route(ctx.routed, index)
     grad_x, grad_weights, grad_anchor = torch.ops.usaf.experts_backward(grad_out, x, index, weights, ctx.handle)
     return grad_x, None, grad_weights, grad_anchor, None, None
 
@@ -50,11 +70,17 @@ class PagedLayer:
     dtype. An index equal to `num_experts` means "not here". Differentiable in `hidden` and `top_k_weights`; gradients
     of the selected neurons are added to `bank.grad`.
 
+    Several micro-batches in one sweep of the layer's pages: `torch.ops.usaf.experts_forward_many(hidden, top_k_index,
+    top_k_weights, layer.native.handle, training)` and `experts_backward_many(grad_out, hidden, top_k_index,
+    top_k_weights, layer.native.handle)`, with lists of tensors; the bits of as many single calls in that order. They
+    have no autograd formula.
+
     Attributes:
         anchor: fp32 Parameter of one element, never updated. It makes autograd run the backward, and its gradient is
             the norm of the gradients accumulated in the bank, so that clipping by a global norm counts them.
-        token_counts: int32 [num_experts], the tokens per expert of the latest forward.
+        token_counts: int32 [num_experts], the tokens per expert of the latest forward (all its micro-batches).
         bank: the trained neurons, or None.
+        frozen_bank: neurons trained earlier, whose rows the model computes with, or None.
     """
 
     def __init__(self, memory: ExpertMemory, index: int, activation: str = "silu"):
@@ -72,10 +98,14 @@ class PagedLayer:
         self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         self.token_counts = torch.zeros(self.num_experts, dtype=torch.int32)
         self._bank: RowBank | None = None
+        self._frozen_bank: RowBank | None = None
+        self._threshold_counts: Tensor | None = None
         self._importance: Tensor | None = None
         dtype = str(memory.dtype).removeprefix("torch.")
         self.native = _C.ExpertLayer(memory.sweep, index, activation, dtype, memory.scratch_pointer)
         self.native.set_token_counts(self.token_counts.data_ptr())
+        self._rerouted: Tensor | None = None
+        _layers[self.native.handle] = self
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return torch.ops.usaf.experts_forward(
@@ -87,24 +117,99 @@ class PagedLayer:
         return self._bank
 
     def set_bank(self, bank: RowBank | None) -> None:
-        """Train (and overlay) the neurons of `bank`, or none."""
-        if bank is not None and (bank.layer != self.index or bank.format != self.store.format):
-            raise ValueError(
-                f"bank: expected one of layer {self.index}, format {self.store.format!r}; "
-                f"got layer {bank.layer}, format {bank.format!r}"
-            )
-        self.native.set_bank(None if bank is None else bank.native)
+        """Train (and overlay) the neurons of `bank`, or none.
+
+        Raises:
+            ValueError: a bank of another layer, format or size.
+        """
+        self.native.set_bank(self._checked(bank, "bank"))
         self._bank = bank
 
-    def begin_importance(self) -> Tensor:
-        """Zeros of shape [num_experts, intermediate_size], fp32, to which every later backward adds the sum of squares
-        of each neuron's gradient (its gate row, up row and down column), until `end_importance`."""
+    @property
+    def frozen_bank(self) -> RowBank | None:
+        return self._frozen_bank
+
+    def set_frozen_bank(self, bank: RowBank | None) -> None:
+        """Overlay the neurons of `bank` without training them, or none. A neuron in both banks is `bank`'s.
+
+        Raises:
+            ValueError: a bank of another layer, format or size, or a trainable one.
+        """
+        if bank is not None and bank.grad is not None:
+            raise ValueError("bank: expected a frozen bank (trainable=False), got one with gradients")
+        self.native.set_frozen_bank(self._checked(bank, "bank"))
+        self._frozen_bank = bank
+
+    def _checked(self, bank: RowBank | None, name: str) -> _C.RowBank | None:
+        if bank is None:
+            return None
+        expected = (self.index, self.store.format, self.num_experts, self.hidden_size, self.intermediate_size)
+        found = (bank.layer, bank.format, bank.num_experts, bank.hidden_size, bank.intermediate_size)
+        if found != expected:
+            raise ValueError(
+                f"{name}: expected one of layer {self.index}, format {self.store.format!r}, sizes {expected[2:]}; "
+                f"got layer {bank.layer}, format {bank.format!r}, sizes {found[2:]}"
+            )
+        return bank.native
+
+    def set_threshold(self, alpha: float, counts: Tensor | None = None) -> None:
+        """Give no weight gradient to experts with fewer tokens than alpha * (mean over the experts).
+
+        In such a backward the expert's rows of `bank.grad` and its `bank.expert_hit` stay as they are; the gradients of
+        inputs and router weights flow all the same. Importance is measured without the threshold.
+
+        Args:
+            alpha: at least 0; 0 switches the threshold off.
+            counts: tokens per expert, int64 [num_experts] on the CPU, contiguous, read at each backward; None: the
+                counts of the micro-batch that is being run. With counts that are all zero no expert is left out.
+
+        Raises:
+            TypeError, ValueError: an alpha that is not a finite number of at least 0; counts of another kind.
+        """
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
+        if counts is not None:
+            if not isinstance(counts, Tensor) or counts.dtype != torch.int64:
+                found = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
+                raise TypeError(f"counts: expected an int64 tensor, got {found}")
+            if counts.shape != (self.num_experts,) or counts.device.type != "cpu" or not counts.is_contiguous():
+                raise ValueError(
+                    f"counts: expected a contiguous CPU tensor of shape ({self.num_experts},), "
+                    f"got shape {tuple(counts.shape)} on {counts.device}"
+                )
+        self.native.set_threshold(alpha, 0 if counts is None else counts.data_ptr())
+        self._threshold_counts = counts
+
+    def note_route(self, forward: Tensor, recomputed: Tensor) -> None:
+        """Compare the top-k index of a forward with that of its recompute, on the device; see `check_routes`."""
+        if self._rerouted is None:
+            self._rerouted = torch.zeros((), dtype=torch.bool, device=forward.device)
+        self._rerouted |= (forward != recomputed).any()
+
+    def take_rerouted(self) -> bool:
+        """Whether a recompute since the last call routed otherwise than its forward; waits for the device if so."""
+        flag, self._rerouted = self._rerouted, None
+        return flag is not None and bool(flag)
+
+    def begin_importance(self, metric: str = "gradient") -> Tensor:
+        """Zeros of shape [num_experts, intermediate_size], fp32, to which every later backward adds each neuron's
+        importance (over its gate row, up row and down column), until `end_importance`.
+
+        Args:
+            metric: "gradient" adds the sum of g^2 over the neuron's weights; "gradient_weight" the sum of |g * w|, with
+                w as the model computes with it.
+
+        Raises:
+            ValueError: an unknown metric.
+        """
+        if metric not in IMPORTANCE_METRICS:
+            raise ValueError(f"metric: expected one of {IMPORTANCE_METRICS}, got {metric!r}")
         self._importance = torch.zeros(self.num_experts, self.intermediate_size, dtype=torch.float32)
-        self.native.set_importance(self._importance.data_ptr())
+        self.native.set_importance(self._importance.data_ptr(), metric)
         return self._importance
 
     def end_importance(self) -> None:
-        self.native.set_importance(0)
+        self.native.set_importance(0, "gradient")
         self._importance = None
 
     def __deepcopy__(self, memo):
@@ -176,6 +281,20 @@ class PagedExperts(nn.Module):
         return (
             f"num_experts={layer.num_experts}, hidden_size={layer.hidden_size}, "
             f"intermediate_size={layer.intermediate_size}, format={layer.store.format}"
+        )
+
+
+def check_routes(layers: Iterable[PagedLayer]) -> None:
+    """Raise UsafError if a recompute since the last call chose other experts than its forward.
+
+    Its gradients would belong to another function than the loss. Waits for the device only if something was recomputed.
+    """
+    rerouted = [layer.name for layer in layers if layer.take_rerouted()]
+    if rerouted:
+        raise UsafError(
+            f"gradient checkpointing: the recompute of {', '.join(rerouted)} sent tokens to other experts than the "
+            "forward did, so these gradients are wrong: a router must give the same result twice (noise must come "
+            "from torch's global generator)"
         )
 
 

@@ -12,10 +12,24 @@ from torch.optim.adamw import adamw
 
 from . import ops
 from .errors import UsafError
-from .experts import PagedLayer, paged_layers
+from .experts import PagedLayer, check_routes, paged_layers
 from .router import trained_routers
 
 MAX_SKIPPED_STEPS = 10  # non-finite gradients this often in a row are no accident
+# An anchor's gradient is a sum of fp32 increments, so without clipping it is the bank's norm but for rounding.
+_UNCLIPPED = 2.0**-17
+
+
+def _coefficient(clipped: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """What clipping made of a gradient of norm `norm` (both float64, 0-dim): exactly 1 when it left it alone."""
+    ratio = clipped / norm
+    untouched = (torch.abs(ratio - 1) <= _UNCLIPPED) | ((norm == 0) & (clipped == 0))
+    return torch.where(untouched, 1.0, ratio)
+
+
+def _not_finite(*values: torch.Tensor) -> torch.Tensor:
+    """float32, 0-dim: 1 if any of the 0-dim tensors is infinite or NaN."""
+    return (~torch.isfinite(torch.stack([value.double() for value in values])).all()).float()
 
 
 class MaskedAdam(torch.optim.Optimizer):
@@ -24,7 +38,8 @@ class MaskedAdam(torch.optim.Optimizer):
     Parameter groups: "experts" holds the anchors of the layers with a bank, "router" the fp32 router weights (absent
     when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first
     step. torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's
-    gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1).
+    gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and so does
+    a ratio that is 1 but for rounding).
 
     Rows of experts without tokens since the last step keep every bit. If any gradient is not finite, the whole step is
     skipped and no bit changes. `step` clears bank gradients and anchor gradients; router gradients are left to
@@ -56,6 +71,7 @@ class MaskedAdam(torch.optim.Optimizer):
             layers, routers = paged_layers(model), trained_routers(model)
         else:
             layers, routers = list(model), {}
+        self._all_layers = layers
         self._layers = {
             layer.anchor: layer for layer in layers if layer.bank is not None and layer.bank.grad is not None
         }
@@ -73,8 +89,10 @@ class MaskedAdam(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0, "seed": seed})
         device = groups[0]["params"][0].device
         self._changed = torch.zeros((), dtype=torch.int32, device=device)
-        self._expected = torch.zeros((), dtype=torch.int32, device=device)
+        self._expected = torch.zeros((), dtype=torch.bool, device=device)
         self._skipped = torch.zeros((), dtype=torch.int32, device=device)
+        self._released: set[nn.Parameter] = set()  # anchors of the layers that step_layer updated in this step
+        self._released_inf = torch.zeros((), dtype=torch.float32, device=device)
 
     @property
     def num_parameters(self) -> int:
@@ -86,17 +104,23 @@ class MaskedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every row whose expert had tokens and of every router weight with a gradient; no host wait."""
+        """One update of every row whose expert had tokens and of every router weight with a gradient; no host wait.
+
+        Layers that `step_layer` updated since the last step are done; were their gradients not finite, the rest is
+        skipped too.
+
+        Raises UsafError, changing nothing, when a recompute (gradient checkpointing) routed otherwise than its forward.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_routes(self._all_layers)
         coefficients: dict[nn.Parameter, torch.Tensor] = {}
-        found_inf = torch.zeros((), dtype=torch.float32, device=self._changed.device)
-        has_gradient = torch.zeros_like(found_inf, dtype=torch.bool)
+        found_inf = self._released_inf.clone()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
+                if parameter.grad is None or parameter in self._released:
                     continue
                 if group["name"] == "router":
                     found_inf = torch.maximum(found_inf, (~torch.isfinite(parameter.grad).all()).float())
@@ -104,39 +128,61 @@ class MaskedAdam(torch.optim.Optimizer):
                 bank = self._layers[parameter].bank
                 if bank is None or bank.grad is None:  # taken out for a router warm-up
                     continue
-                norm = torch.linalg.vector_norm(bank.grad, dtype=torch.float64)
-                clipped = parameter.grad.double().reshape(())
-                coefficient = torch.where((norm == 0) & (clipped == 0), 1.0, clipped / norm)
-                found_inf = torch.maximum(found_inf, (~torch.isfinite(coefficient)).float())
-                found_inf = torch.maximum(found_inf, (~torch.isfinite(norm)).float())
-                if group["lr"] > 0:
-                    has_gradient |= norm * coefficient != 0
-                coefficients[parameter] = coefficient.float()
-        first_element = 0
+                norm = bank.grad_norm()
+                coefficients[parameter] = _coefficient(parameter.grad.double().reshape(()), norm)
+                found_inf = torch.maximum(found_inf, _not_finite(norm, coefficients[parameter]))
         for group in self.param_groups:
             for parameter in group["params"]:
                 if group["name"] == "experts":
                     if parameter in coefficients:
-                        self._step_bank(parameter, group, coefficients[parameter], found_inf, first_element)
-                    bank = self._layers[parameter].bank
-                    first_element += bank.num_parameters if bank is not None else 0
+                        self._step_bank(parameter, group, coefficients[parameter], found_inf)
                 elif parameter.grad is not None:
                     self._step_router(parameter, group, found_inf)
-        skipped = found_inf != 0
-        self._expected |= has_gradient & ~skipped
-        self._skipped.copy_(torch.where(skipped, self._skipped + 1, 0))
+        self._skipped.copy_(torch.where(found_inf != 0, self._skipped + 1, 0))
+        self._released.clear()
+        self._released_inf.zero_()
         self._clear_banks()
         return loss
 
-    def _step_bank(
-        self,
-        anchor: nn.Parameter,
-        group: dict[str, Any],
-        coefficient: torch.Tensor,
-        found_inf: torch.Tensor,
-        first_element: int,
+    @torch.no_grad()
+    def step_layer(
+        self, layer: PagedLayer, coefficient: float | torch.Tensor = 1.0, found_inf: torch.Tensor | None = None
     ) -> None:
-        bank = self._layers[anchor].bank
+        """Update one layer's rows now, inside a backward, and clear their gradient (gradient release); no host wait.
+
+        The same update as `step` makes, which must still be called at the end of the step: it passes over this layer
+        and steps what is left. A gradient that is not finite changes no bit of this layer.
+
+        Args:
+            layer: one with a bank in place, all of whose micro-batches have gone through backward.
+            coefficient: the bank's gradient is multiplied by it: the factor of clipping, over the loss scale. A number
+                or a tensor of one element.
+            found_inf: float32 of one element; not 0 skips the update. None: as the gradient is.
+
+        Raises:
+            ValueError: the layer is not one of this optimizer's, has no bank in place, or was stepped already.
+        """
+        bank = layer.bank
+        if self._layers.get(layer.anchor) is not layer or bank is None or bank.grad is None:
+            raise ValueError(f"layer: expected one of this optimizer with its bank in place, got layer {layer.index}")
+        if layer.anchor in self._released:
+            raise ValueError(f"layer: layer {layer.index} was stepped already since the last step()")
+        group = next(group for group in self.param_groups if group["name"] == "experts")
+        norm = bank.grad_norm()
+        scale = torch.as_tensor(coefficient, dtype=torch.float64, device=norm.device).reshape(())
+        skip = _not_finite(norm, scale)
+        if found_inf is not None:
+            skip = torch.maximum(skip, (found_inf.reshape(()) != 0).float())
+        self._step_bank(layer.anchor, group, scale, skip)
+        self._released.add(layer.anchor)
+        self._released_inf = torch.maximum(self._released_inf, skip)
+        bank.zero_grad()
+
+    def _step_bank(
+        self, anchor: nn.Parameter, group: dict[str, Any], coefficient: torch.Tensor, found_inf: torch.Tensor
+    ) -> None:
+        layer = self._layers[anchor]
+        bank = layer.bank
         assert bank is not None
         assert bank.grad is not None
         state = self.state[anchor]
@@ -145,6 +191,8 @@ class MaskedAdam(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(bank.grad)
             state["exp_avg_sq"] = torch.zeros_like(bank.grad)
         hit = bank.expert_hit.to(bank.neuron_expert.device)[bank.neuron_expert.long()].bool()
+        if group["lr"] > 0:
+            self._expected |= (bank.grad_norm() * coefficient != 0) & (found_inf == 0)
         ops.masked_adam_(
             bank.codes,
             bank.absmax,
@@ -161,11 +209,12 @@ class MaskedAdam(torch.optim.Optimizer):
             mode=bank.mode,
             master=bank.master,
             active=hit[:, None].expand(state["step"].shape).contiguous(),
-            grad_scale=coefficient,
+            grad_scale=coefficient.float(),
             found_inf=found_inf,
             changed=self._changed,
             seed=group["seed"],
-            first_element=first_element,
+            # All candidates of the layers below: the noise depends neither on their banks nor on the order of stepping.
+            first_element=layer.index * bank.num_candidates,
         )
 
     def _step_router(self, weight: nn.Parameter, group: dict[str, Any], found_inf: torch.Tensor) -> None:

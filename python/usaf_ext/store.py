@@ -45,7 +45,7 @@ class ExpertStore:
     Attributes:
         layer_names: names of the experts modules, one per MoE layer.
         num_layers, num_experts, hidden_size, intermediate_size: sizes, the same for every layer.
-        format: "nf4" or "bf16".
+        format: one of `_C.FORMATS`.
         layout: the page's layout (`_C.PageLayout`).
         native: the C++ object (`_C.ExpertStore`).
         source_path, fingerprint: of the checkpoint it was quantised from, or None.
@@ -129,7 +129,8 @@ class ExpertStore:
 
         Raises:
             TypeError: not a tensor of a floating dtype.
-            ValueError: a wrong shape, or weights that are not finite in fp32 (naming layer, expert and matrix).
+            ValueError: a wrong shape, or weights that are not finite in fp32 or too large for the format (naming layer, expert
+                and matrix).
             StoreError: the store is sealed, or layer or expert are out of range.
             The page is as it was after each of these.
         """
@@ -158,12 +159,12 @@ class ExpertStore:
                 page[start[matrix] : start[matrix] + raw.size] = raw
 
     def _matrix(self, layer: int, expert: int, matrix: int) -> tuple[np.ndarray, np.ndarray]:
-        """codes u8 [intermediate_size, code_bytes] and absmax f32 [.., num_blocks]: views of the page."""
+        """codes u8 [intermediate_size, code_bytes] and absmax [.., num_blocks]: views of the page."""
         page = np.frombuffer(self.native.page(layer, expert), dtype=np.uint8)
         views = []
         for start, width, dtype in (
             (self.layout.codes_offset, _C.code_bytes(self.format, self.hidden_size), np.uint8),
-            (self.layout.absmax_offset, _C.num_blocks(self.format, self.hidden_size), np.float32),
+            (self.layout.absmax_offset, _C.num_blocks(self.format, self.hidden_size), _C.scale_dtype(self.format)),
         ):
             size = self.intermediate_size * width * np.dtype(dtype).itemsize
             raw = page[start[matrix] : start[matrix] + size]
@@ -171,7 +172,7 @@ class ExpertStore:
         return views[0], views[1]
 
     def rows(self, layer: int, expert: int, neurons: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes u8 [n, 3, code_bytes] and absmax f32 [n, 3, num_blocks] of some neurons: gate, up, down^T. Copies.
+        """Codes u8 [n, 3, code_bytes] and absmax [n, 3, num_blocks] of some neurons: gate, up, down^T. Copies.
 
         Raises:
             TypeError: `neurons` is not a tensor of int32 or int64 numbers in one dimension.

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -21,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _C
 from ..checkpoint_source import ModelSource
+from ..checkpointing import save_expert_outputs
 from ..errors import UsafError
 from ..experts import PagedLayer
 from ..memory import ExpertMemory
@@ -42,7 +46,7 @@ class UsafConfig(QuantizationConfigMixin):
     """How to hold and page the experts of a model.
 
     Args:
-        format: weight format of the experts, "nf4" or "bf16". None: a store's own, "nf4" for a plain checkpoint.
+        format: weight format of the experts, one of `_C.FORMATS`. None: a store's own, "nf4" for a plain checkpoint.
         device_budget: bytes for page slots and decode scratch together, an int or a text such as "12GiB", or "auto".
         originals: folder of the original checkpoint, where a store was moved away from the one it was made of.
 
@@ -147,6 +151,17 @@ def _check_sizes(experts: dict[str, Any], store: ExpertStore, folder: Path) -> N
             raise ValueError(f"{name}.gate_up_proj: the model expects {shape}, {folder} has {expected}")
 
 
+def _save_expert_outputs(model: PreTrainedModel) -> None:
+    """However gradient checkpointing is switched on (Trainer, PEFT, by hand), it ends in this method of the model."""
+    set_checkpointing = model._set_gradient_checkpointing
+
+    def set_saving(enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any) -> None:
+        function = save_expert_outputs(gradient_checkpointing_func)
+        set_checkpointing(enable=enable, gradient_checkpointing_func=function, **kwargs)
+
+    model._set_gradient_checkpointing = set_saving  # type: ignore[method-assign, assignment]
+
+
 @register_quantizer(METHOD)
 class UsafHfQuantizer(HfQuantizer):
     """Takes the experts out of transformers' loading and attaches paged ones. One object per `from_pretrained`."""
@@ -221,6 +236,9 @@ class UsafHfQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             module.usaf_layer = PagedLayer(memory, number, self._activations[name])
             module.register_parameter("usaf_anchor", module.usaf_layer.anchor)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                _save_expert_outputs(module)
         model.usaf_originals = self._source
         del model.config.quantization_config  # a later save must not ask for us when it is loaded
         return model

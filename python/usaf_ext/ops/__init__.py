@@ -6,7 +6,7 @@ value or device; the message names the argument. Importing this package register
 """
 
 from .adam import masked_adam_
-from .codec import dequantize_blocks, quantize_blocks, quantize_rows_
+from .codec import dequantize_blocks, quantize_blocks, quantize_rows_, scale_dtype
 from .gather import expert_gather, expert_scatter
 from .glu import glu, glu_backward
 from .row_gradient import row_gradient_, row_importance_
@@ -22,4 +22,5 @@ __all__ = [
     "quantize_rows_",
     "row_gradient_",
     "row_importance_",
+    "scale_dtype",
 ]

@@ -1,0 +1,89 @@
+#include "expert_batches.h"
+
+#include <algorithm>
+
+namespace usaf {
+namespace {
+
+using at::Tensor;
+
+void check_micro_batch(const ExpertLayer& layer, const Tensor& x, const Tensor& index, const Tensor& weights) {
+  const int64_t hidden_size = layer.layout().hidden_size;
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == hidden_size, "x: expected shape [num_tokens, ", hidden_size, "], got ",
+                    x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == scalar_type(layer.dtype()), "x: expected ", scalar_type(layer.dtype()),
+                   " (the layer's compute dtype), got ", x.scalar_type());
+  TORCH_CHECK_VALUE(index.dim() == 2 && index.size(0) == x.size(0), "index: expected shape [", x.size(0),
+                    ", top_k], got ", index.sizes());
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "index: expected int64, got ", index.scalar_type());
+  TORCH_CHECK_VALUE(weights.sizes() == index.sizes(), "weights: expected the shape of index ", index.sizes(), ", got ",
+                    weights.sizes());
+  const at::ScalarType type = weights.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
+                   "weights: expected float32, bfloat16 or float16, got ", type);
+  TORCH_CHECK_VALUE(index.numel() <= INT32_MAX, "index: expected at most 2^31 - 1 (token, slot) pairs");
+  const int64_t* values = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    TORCH_CHECK_VALUE(values[i] >= 0 && values[i] <= layer.num_experts(), "index: expected 0 to ", layer.num_experts(),
+                      " (which means 'not here'), got ", values[i], " at position ", i);
+  }
+}
+
+void check_grad_out(const Tensor& grad_out, const Tensor& x) {
+  TORCH_CHECK_VALUE(grad_out.sizes() == x.sizes(), "grad_out: expected the shape of x ", x.sizes(), ", got ",
+                    grad_out.sizes());
+  TORCH_CHECK_TYPE(grad_out.scalar_type() == x.scalar_type(), "grad_out: expected ", x.scalar_type(), ", got ",
+                   grad_out.scalar_type());
+}
+
+}  // namespace
+
+ExpertLayer& find_layer(int64_t handle) {
+  ExpertLayer* layer = ExpertLayer::find(handle);
+  TORCH_CHECK_VALUE(layer != nullptr, "handle: no expert layer has handle ", handle, " (was its module deleted?)");
+  return *layer;
+}
+
+Routing::Routing(const Tensor& index, int64_t num_experts)
+    : offsets_(at::empty({num_experts + 1}, index.options().dtype(at::kInt))),
+      source_(at::empty({index.numel()}, index.options().dtype(at::kInt))),
+      inverse_(at::empty(index.sizes(), index.options().dtype(at::kInt))),
+      top_k_(index.size(1)) {
+  cpu::sort_by_expert(
+      {index.const_data_ptr<int64_t>(), offsets_.mutable_data_ptr<int32_t>(), source_.mutable_data_ptr<int32_t>(),
+       inverse_.mutable_data_ptr<int32_t>(), index.size(0), top_k_, num_experts},
+      nullptr);
+  const int32_t* offsets = offsets_.const_data_ptr<int32_t>();
+  for (int64_t expert = 0; expert < num_experts; ++expert) tokens_.push_back(offsets[expert + 1] - offsets[expert]);
+}
+
+MicroBatches::MicroBatches(const ExpertLayer& layer, at::TensorList x, at::TensorList index, at::TensorList weights,
+                           std::optional<at::TensorList> grad_out) {
+  TORCH_CHECK_VALUE(!x.empty(), "x: expected at least one micro-batch, got none");
+  const auto check_count = [&](const char* name, const at::TensorList& list) {
+    TORCH_CHECK_VALUE(list.size() == x.size(), name, ": expected ", x.size(), " micro-batches as in x, got ",
+                      list.size());
+  };
+  check_count("index", index);
+  check_count("weights", weights);
+  if (grad_out) check_count("grad_out", *grad_out);
+  int64_t num_pairs = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const Tensor contiguous = index[i].contiguous();
+    check_micro_batch(layer, x[i], contiguous, weights[i]);
+    if (grad_out) check_grad_out((*grad_out)[i], x[i]);
+    batches_.push_back({x[i].contiguous(), weights[i].to(at::kFloat).contiguous(),
+                        grad_out ? (*grad_out)[i].contiguous() : Tensor(), weights[i].scalar_type(),
+                        Routing(contiguous, layer.num_experts())});
+    num_pairs += contiguous.numel();
+  }
+  dense_ = num_pairs >= 8 * layer.num_experts();
+  for (int64_t expert = 0; expert < layer.num_experts(); ++expert) {
+    int64_t most = 0;
+    for (const MicroBatch& batch : batches_) most = std::max(most, batch.routing.tokens(expert));
+    if (most > 0) experts_.push_back(expert);
+    max_tokens_ = std::max(max_tokens_, most);
+  }
+}
+
+}  // namespace usaf

@@ -1,0 +1,83 @@
+// The forward of an expert layer: for each expert e with n tokens of a micro-batch
+//   X = gather(x); h = glu(X W_gate_up^T); out += router weight * (h W_down^T)
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include "expert_batches.h"
+#include "expert_decoder.h"
+#include "expert_ops.h"
+
+namespace torch::autograd {
+TORCH_API int get_current_graph_task_id();  // torch/csrc/autograd/graph_task.h, without its includes
+}
+
+namespace usaf {
+namespace {
+
+using at::Tensor;
+
+bool in_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
+
+// Room for the activations of the largest expert of a micro-batch.
+class Forward {
+ public:
+  Forward(const ExpertLayer& layer, const MicroBatches& batches, at::TensorOptions options)
+      : layer_(layer),
+        x_(batches.max_tokens(), layer.layout().hidden_size, options),
+        gate_up_(batches.max_tokens(), 2 * layer.layout().intermediate_size, options),
+        h_(batches.max_tokens(), layer.layout().intermediate_size, options),
+        y_(batches.max_tokens(), layer.layout().hidden_size, options) {}
+
+  void run(const MicroBatch& batch, int64_t expert, const Tensor& w_gate_up, const Tensor& w_down,
+           const Tensor& out) const {
+    const Routing& routing = batch.routing;
+    const int64_t n = routing.tokens(expert);
+    if (n == 0) return;
+    Tensor x = x_.rows(n), gate_up = gate_up_.rows(n), h = h_.rows(n), y = y_.rows(n);
+    gather(batch.x, routing, expert, x, layer_.dtype());
+    at::mm_out(gate_up, x, w_gate_up.t());
+    cpu::glu({gate_up.const_data_ptr(), nullptr, h.mutable_data_ptr(), n, h.size(1), false, layer_.activation(),
+              layer_.dtype()},
+             nullptr);
+    at::mm_out(y, h, w_down);
+    cpu::scatter_add_rows({y.const_data_ptr(), routing.pairs(expert), batch.weights.const_data_ptr(),
+                           out.mutable_data_ptr<float>(), n, y.size(1), routing.top_k(), layer_.dtype(), DType::f32},
+                          nullptr);
+  }
+
+ private:
+  const ExpertLayer& layer_;
+  RowBuffer x_, gate_up_, h_, y_;
+};
+
+void count_tokens(const ExpertLayer& layer, const MicroBatches& batches) {
+  if (layer.token_counts == nullptr) return;
+  for (int64_t expert = 0; expert < layer.num_experts(); ++expert) {
+    int64_t tokens = 0;
+    for (const MicroBatch& batch : batches) tokens += batch.routing.tokens(expert);
+    layer.token_counts[expert] = static_cast<int32_t>(tokens);
+  }
+}
+
+}  // namespace
+
+std::vector<Tensor> experts_forward_many(at::TensorList x, at::TensorList index, at::TensorList weights, int64_t handle,
+                                         bool training) {
+  ExpertLayer& layer = find_layer(handle);
+  const MicroBatches batches(layer, x, index, weights);
+  count_tokens(layer, batches);
+  std::vector<Tensor> out;
+  for (const MicroBatch& batch : batches)
+    out.push_back(at::zeros(batch.x.sizes(), batch.x.options().dtype(at::kFloat)));
+  const ExpertDecoder decoder(layer);
+  const Forward forward(layer, batches, batches[0].x.options());
+  const Phase phase = in_backward() ? Phase::backward : training ? Phase::training_forward : Phase::inference;
+  for_each_expert(layer, batches, phase, [&](const uint8_t* page, int64_t expert) {
+    const Tensor w_gate_up = decoder.gate_up(page, expert), w_down = decoder.down(page, expert);
+    for (size_t i = 0; i < batches.size(); ++i) forward.run(batches[i], expert, w_gate_up, w_down, out[i]);
+  });
+  for (Tensor& result : out) result = result.to(scalar_type(layer.dtype()));
+  return out;
+}
+
+}  // namespace usaf
