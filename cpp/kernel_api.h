@@ -193,6 +193,14 @@ struct MaskedAdamArgs {
   DType master_dtype;
 };
 
+// out[t, e]: uniform on (0, 1), a function of (seed, step, micro_batch, layer, t, e) alone (numerics/rng.h).
+struct RouterUniformArgs {
+  float* out;  // [num_tokens, num_experts], num_tokens * ceil(num_experts / 4) <= 2^32
+  int64_t num_tokens, num_experts;
+  uint64_t seed;
+  int32_t step, micro_batch, layer;
+};
+
 namespace cpu {
 #include "kernel_launchers.inc"
 }

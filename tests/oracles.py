@@ -56,12 +56,11 @@ def unpack_bf16(codes: Tensor, cols: int) -> Tensor:
     return codes[:, : 2 * cols].contiguous().view(torch.bfloat16).float()
 
 
-def philox(seed: int, step: int, first: int, count: int) -> Tensor:
-    """Random 32-bit numbers of elements first .. first + count - 1 (Philox 4x32-10), as int64."""
-    groups = np.arange(first // 4, (first + count - 1) // 4 + 1, dtype=np.uint64)
+def philox_words(c0: np.ndarray, c1: np.ndarray | int, c2: int, c3: int, seed: int) -> np.ndarray:
+    """Philox 4x32-10 of the counters (c0, c1, c2, c3), 32-bit each, under a 64-bit key: uint64 [n, 4]."""
     mask = np.uint64(0xFFFFFFFF)
     shift = np.uint64(32)
-    counter = [groups & mask, groups >> shift, np.full_like(groups, step), np.zeros_like(groups)]
+    counter = [c0, *(np.broadcast_to(np.asarray(c, dtype=np.uint64), c0.shape) for c in (c1, c2, c3))]
     key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
     for _ in range(10):
         product0 = np.uint64(0xD2511F53) * counter[0]
@@ -73,7 +72,14 @@ def philox(seed: int, step: int, first: int, count: int) -> Tensor:
             product0 & mask,
         ]
         key = [(key[0] + np.uint64(0x9E3779B9)) & mask, (key[1] + np.uint64(0xBB67AE85)) & mask]
-    values = np.stack(counter, -1).reshape(-1)[first % 4 :][:count]
+    return np.stack(counter, -1)
+
+
+def philox(seed: int, step: int, first: int, count: int) -> Tensor:
+    """Random 32-bit numbers of elements first .. first + count - 1 (Philox 4x32-10), as int64."""
+    groups = np.arange(first // 4, (first + count - 1) // 4 + 1, dtype=np.uint64)
+    words = philox_words(groups & np.uint64(0xFFFFFFFF), groups >> np.uint64(32), step, 0, seed)
+    values = words.reshape(-1)[first % 4 :][:count]
     return torch.from_numpy(values.astype(np.int64))
 
 

@@ -148,6 +148,7 @@ USAF_ALWAYS_INLINE double sum_of_squares(const T* row, int64_t count) {
 
 USAF_CLONES double row_square(const float* row, int64_t count) { return sum_of_squares(row, count); }
 USAF_CLONES double row_square(const Bf16* row, int64_t count) { return sum_of_squares(row, count); }
+USAF_CLONES double row_square(const F16* row, int64_t count) { return sum_of_squares(row, count); }
 
 }  // namespace
 

@@ -36,9 +36,22 @@ USAF_HD Random4 random_group(uint64_t seed, int32_t step, uint64_t group) {
                     static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
+// The numbers of one group of a layer's router noise. The last counter word is never 0, so that the stream is disjoint
+// from random_group's under the same seed. micro_batch in [0, 2^31).
+USAF_HD Random4 router_random_group(uint64_t seed, int32_t step, int32_t micro_batch, int32_t layer, uint32_t group) {
+  return philox4x32(group, static_cast<uint32_t>(layer), static_cast<uint32_t>(step),
+                    static_cast<uint32_t>(micro_batch) + 1u, static_cast<uint32_t>(seed),
+                    static_cast<uint32_t>(seed >> 32));
+}
+
 // 24 random bits as a float in [0, 1).
 USAF_HD float to_uniform(uint32_t random) {
   return static_cast<float>(static_cast<int32_t>(random >> 8)) * (1.0f / 16777216.0f);
+}
+
+// 23 random bits as the middle of their interval: a float in [2^-24, 1 - 2^-24], whose logarithm is finite and not 0.
+USAF_HD float to_open_uniform(uint32_t random) {
+  return (static_cast<float>(static_cast<int32_t>(random >> 9)) + 0.5f) * (1.0f / 8388608.0f);
 }
 
 }  // namespace usaf

@@ -26,6 +26,7 @@ TORCH_LIBRARY(usaf, m) {
   m.def(
       "row_importance_(Tensor(a!) importance, Tensor x, Tensor grad_out, Tensor grad_gate_up, Tensor weighted_h, "
       "Tensor offsets, Tensor? weights=None) -> ()");
+  m.def("router_uniform_(Tensor(a!) out, *, int seed, int step, int micro_batch, int layer) -> ()");
   // adam_mode, not mode: torch's tracing passes every argument by name through a function with its own `mode`.
   m.def(
       "masked_adam_(Tensor(a!) codes, Tensor(b!) absmax, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) step, "
@@ -36,7 +37,7 @@ TORCH_LIBRARY(usaf, m) {
 
 TORCH_LIBRARY_IMPL(usaf, Autograd, m) {
   for (const char* name : {"quantize_blocks", "dequantize_blocks", "quantize_rows_", "expert_scatter_backward",
-                           "glu_backward", "row_gradient_", "row_importance_", "masked_adam_"}) {
+                           "glu_backward", "row_gradient_", "row_importance_", "router_uniform_", "masked_adam_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

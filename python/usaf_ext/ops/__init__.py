@@ -9,6 +9,7 @@ from .adam import masked_adam_
 from .codec import dequantize_blocks, quantize_blocks, quantize_rows_, scale_dtype
 from .gather import expert_gather, expert_scatter
 from .glu import glu, glu_backward
+from .router_uniform import router_uniform_
 from .row_gradient import row_gradient_, row_importance_
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "masked_adam_",
     "quantize_blocks",
     "quantize_rows_",
+    "router_uniform_",
     "row_gradient_",
     "row_importance_",
     "scale_dtype",
