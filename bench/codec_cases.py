@@ -57,10 +57,11 @@ def _encode(format: str, dtype: torch.dtype, shape: OpShape) -> Work:
     peers: dict[str, Callable] = {"torch": lambda: _torch_encode(format, weight)[1]}
     if format == "nf4":
         peers["bitsandbytes"] = lambda: bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")[1].absmax
-    # Scales alone are compared: torch's division may move a code at a threshold by one.
-    return Work(
-        _size(weight), nbytes(weight, codes, absmax), lambda: ops.quantize_blocks(weight, format)[1], peers, 1e-6
-    )
+    moved = nbytes(weight, codes, absmax)
+    # Scales alone are compared: torch's division may move a code at a threshold by one. Its fp16 scale is the nearest,
+    # ours is never below the largest weight.
+    tolerance = 2**-10 if format == "nf4_f16" else 1e-6
+    return Work(_size(weight), moved, lambda: ops.quantize_blocks(weight, format)[1], peers, tolerance)
 
 
 def _decode(format: str, dtype: torch.dtype, shape: OpShape) -> Work:

@@ -162,3 +162,52 @@ def test_glu(run, dtype, activation):
     for got, want in zip((h, *outputs.values()), expected):
         value = torch.from_numpy(got).view(want.dtype).view_as(want)
         torch.testing.assert_close(value, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("hidden_size", [64, 131])
+@pytest.mark.parametrize("grad_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_gradient_and_importance(run, dtype, grad_dtype, hidden_size):
+    number, torch_dtype = DTYPES[dtype]
+    grad_number, torch_grad_dtype = DTYPES[grad_dtype]
+    num_experts, width = 3, 21
+    offsets = torch.tensor([0, 9, 9, 14], dtype=torch.int32)  # expert 1 is empty
+    rows = int(offsets[-1])
+    x, grad_out = (torch.randn(rows, hidden_size).to(torch_dtype) for _ in range(2))
+    grad_gate_up, weighted_h = (torch.randn(rows, cols).to(torch_dtype) for cols in (2 * width, width))
+    neuron_expert = torch.tensor([0, 0, 1, 2, 2], dtype=torch.int32)
+    neuron_index = torch.tensor([3, 20, 7, 0, 19], dtype=torch.int32)
+    activations = {
+        "x": _bytes(x),
+        "grad_out": _bytes(grad_out),
+        "grad_gate_up": _bytes(grad_gate_up),
+        "weighted_h": _bytes(weighted_h),
+        "offsets": _bytes(offsets),
+    }
+    sizes = {
+        "num_experts": num_experts,
+        "hidden_size": hidden_size,
+        "intermediate_size": width,
+        "dtype": number,
+    }
+    grad = torch.randn(len(neuron_expert), 3, hidden_size).to(torch_grad_dtype)
+    got = _bytes(grad)
+    run(
+        "row_gradient",
+        neuron_expert=_bytes(neuron_expert),
+        neuron_index=_bytes(neuron_index),
+        grad=got,
+        num_neurons=len(neuron_expert),
+        first_expert=0,
+        grad_dtype=grad_number,
+        **activations,
+        **sizes,
+    )
+    ops.row_gradient_(grad, x, grad_out, grad_gate_up, weighted_h, offsets, neuron_expert, neuron_index)
+    _assert_same_bits(got, grad)
+
+    importance = torch.rand(num_experts, width)
+    got = _bytes(importance)
+    run("row_importance", importance=got, weights=None, **activations, **sizes)
+    ops.row_importance_(importance, x, grad_out, grad_gate_up, weighted_h, offsets)
+    _assert_same_bits(got, importance)
