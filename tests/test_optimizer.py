@@ -11,6 +11,7 @@ from trained_models import (
     banked_model,
     dense_twin,
     every_nth,
+    give_gradient,
     neuron_gradients,
     paged_model,
     same_bits,
@@ -29,13 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def backward(model, ids, scale=1.0):
     total, count = causal_lm_loss(model, ids)
     (scale * total / count).backward()
-
-
-def give_gradient(layer, gradient):
-    """Put a gradient into a bank as the expert layer's backward does."""
-    layer.bank.grad.copy_(gradient)
-    layer.bank.expert_hit.fill_(1)
-    layer.anchor.grad = gradient.norm().reshape(1)
 
 
 def trained_parameters(optimizer):
@@ -284,10 +278,9 @@ def test_stepping_layers_one_by_one_gives_the_bits_of_a_step(tiny_checkpoint, mo
             twin.weight.grad = router.weight.grad.clone()
         for layer, (gradient, hit) in reversed(list(zip(paged_layers(released), gradients))):
             assert not layer.bank.grad.any()
-            layer.bank.grad.copy_(gradient)
+            give_gradient(layer, gradient)
             layer.bank.expert_hit.copy_(hit)
             many.step_layer(layer)
-            layer.anchor.grad = gradient.norm().reshape(1)
         for optimizer in (one, many):
             optimizer.step()
             optimizer.zero_grad()

@@ -53,6 +53,16 @@ def banked_model(checkpoint, dtype=torch.float32, format="nf4", **options):
     return model
 
 
+def give_gradient(layer, gradient):
+    """Put a gradient into a bank as the expert layer's backward does."""
+    bank = layer.bank
+    bank.grad.copy_(gradient)
+    bank.expert_hit.fill_(1)
+    squares = bank.grad.double().square().sum((1, 2))
+    bank.grad_squares.zero_().index_add_(0, bank.neuron_expert.long(), squares)
+    layer.anchor.grad = bank.grad.double().norm().float().reshape(1)
+
+
 def tokens(count, length=24, seed=0, vocabulary=260):
     return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import _C, ops
-from .errors import StoreError
+from .bank_rows import (
+    BANK_MODES,
+    MASTER_DTYPES,
+    ROWS_PER_NEURON,
+    Rows,
+    check_neurons,
+    neurons_at,
+    positions_of,
+    store_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,39 +25,14 @@ if TYPE_CHECKING:
     from .experts import PagedLayer
     from .store import ExpertStore
 
-logger = logging.getLogger(__name__)
-
-ROWS_PER_NEURON = 3  # gate, up, down^T
-BANK_MODES = ("master", "in_place")
-MASTER_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PLACEMENTS = ("device", "host")
+ROUNDINGS = ("stochastic", "nearest")
+GRAD_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def check_neurons(
-    neuron_expert: torch.Tensor, neuron_index: torch.Tensor, num_experts: int, intermediate_size: int
-) -> None:
-    """Raise TypeError or ValueError unless the two int32 [n] tensors are sorted, distinct, in range and n >= 1."""
-    for name, tensor in (("neuron_expert", neuron_expert), ("neuron_index", neuron_index)):
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int32:
-            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be an int32 tensor, got {found}")
-        if tensor.dim() != 1:
-            raise ValueError(f"{name} must have one dimension, got shape {tuple(tensor.shape)}")
-    if neuron_expert.shape != neuron_index.shape:
-        raise ValueError(
-            f"neuron_expert and neuron_index must have one length, got {len(neuron_expert)} and {len(neuron_index)}"
-        )
-    if len(neuron_expert) == 0:
-        raise ValueError("neuron_expert is empty: a bank needs at least one neuron")
-    for name, tensor, bound in (
-        ("neuron_expert", neuron_expert, num_experts),
-        ("neuron_index", neuron_index, intermediate_size),
-    ):
-        low, high = int(tensor.min()), int(tensor.max())
-        if low < 0 or high >= bound:
-            raise ValueError(f"{name} must lie in [0, {bound}), got {low} .. {high}")
-    position = neuron_expert.long() * intermediate_size + neuron_index.long()
-    if not bool((position[1:] > position[:-1]).all()):
-        raise ValueError("neurons must be sorted by (expert, neuron) and distinct")
+def host_memory(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor in host memory, of the dtype and shape of `like`; pinned if `device` is a GPU."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=device.type == "cuda")
 
 
 class RowBank:
@@ -59,12 +42,18 @@ class RowBank:
     in mode "master" a bf16 or fp32 copy of the rows beside them keeps the small steps (and is what export writes), in
     mode "in_place" there is nothing beside them.
 
+    Placement "host" keeps what only the optimizer needs in host memory: the master, the moments, and copies of codes
+    and scales; the update runs on the CPU, `grad` crosses to it and the new codes come back (`publish`).
+
     Attributes (n neurons, E experts, H hidden_size; on `device` unless said otherwise):
         layer: MoE layer number. format: one of `_C.FORMATS`. mode: "master" or "in_place".
+        rounding: "stochastic" or "nearest", of mode "in_place". placement: "device" or "host".
         neuron_expert, neuron_index: int32 [n], sorted by (expert, neuron).
         codes: uint8 [n, 3, code_bytes]. absmax: ops.scale_dtype(format) [n, 3, num_blocks].
-        master: [n, 3, H], bfloat16 or float32, or None.
-        grad: float32 [n, 3, H] that the expert layer's backward adds to; None when the bank is not trainable.
+        state_codes, state_absmax: what the optimizer updates: codes and absmax themselves or, of a trainable bank in
+            placement "host", their copies in host memory.
+        master: [n, 3, H], bfloat16 or float32, where the placement says, or None.
+        grad: float32 or bfloat16 [n, 3, H] that the expert layer's backward adds to; None: the bank is not trainable.
         expert_hit: uint8 [E] on the CPU; backward sets 1 where an expert's gradients were added.
         grad_squares: float64 [E] on the CPU: the sum of squares of each expert's rows of grad, kept by backward.
         native: the C++ view of these tensors.
@@ -83,18 +72,22 @@ class RowBank:
         neuron_index: torch.Tensor,
         codes: torch.Tensor,
         absmax: torch.Tensor,
-        master: torch.Tensor | None,
+        master: torch.Tensor | None = None,
         device: torch.device | str = "cpu",
         trainable: bool = True,
+        rounding: str = "stochastic",
+        grad_dtype: torch.dtype = torch.float32,
+        placement: str = "device",
+        grad_buffer: torch.Tensor | None = None,
     ) -> None:
         """Take the rows as given; tensors are copied only where they must move or become contiguous.
 
-        Raises TypeError or ValueError for a wrong dtype, shape, format, mode or index.
+        grad_buffer: zeros of grad_dtype, one-dimensional, at least n * 3 * H: use its beginning as the gradient (see
+        `share_gradients`). Raises TypeError or ValueError for a wrong dtype, shape, format, mode or index.
         """
-        if mode not in BANK_MODES:
-            raise ValueError(f"mode must be one of {BANK_MODES}, got {mode!r}")
         if format not in _C.FORMATS:
             raise ValueError(f"format must be one of {tuple(_C.FORMATS)}, got {format!r}")
+        check_options(mode=mode, rounding=rounding, grad_dtype=grad_dtype, placement=placement)
         if (master is None) != (mode == "in_place"):
             raise ValueError(f"mode {mode!r} {'needs' if mode == 'master' else 'has no'} master")
         check_neurons(neuron_expert, neuron_index, num_experts, intermediate_size)
@@ -113,30 +106,47 @@ class RowBank:
 
         self.layer, self.format, self.mode = layer, format, mode
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.rounding, self.placement, self.grad_dtype = rounding, placement, grad_dtype
+        self.device = torch.device(device)
+        self.positions = positions_of(neuron_expert, neuron_index, intermediate_size).cpu()
         self.neuron_expert = neuron_expert.to(device).contiguous()
         self.neuron_index = neuron_index.to(device).contiguous()
         self.codes = codes.to(device).contiguous()
         self.absmax = absmax.to(device).contiguous()
-        self.master = None if master is None else master.to(device).contiguous()
-        self.grad = (
-            torch.zeros(n, ROWS_PER_NEURON, hidden_size, dtype=torch.float32, device=device) if trainable else None
-        )
+        in_host = placement == "host"
+        self.state_codes, self.state_absmax = self.codes, self.absmax
+        if in_host and trainable:
+            self.state_codes, self.state_absmax = (self._to_host(tensor) for tensor in (codes, absmax))
+        self.master = master
+        if master is not None:
+            self.master = self._to_host(master) if in_host else master.to(device).contiguous()
         self.expert_hit = torch.zeros(num_experts, dtype=torch.uint8)
         self.grad_squares = torch.zeros(num_experts, dtype=torch.float64)
-        self._host_index = neuron_expert.tolist(), neuron_index.tolist()
-        self.native = self._native()
+        self.grad: torch.Tensor | None = None
+        self.grad_buffer: torch.Tensor | None = None
+        if trainable and grad_buffer is None:
+            self.grad = torch.zeros(n, ROWS_PER_NEURON, hidden_size, dtype=grad_dtype, device=device)
+        if grad_buffer is not None:
+            self.use_gradient_buffer(grad_buffer)
+        else:
+            self.native = self._native()
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return host_memory(tensor, self.device).copy_(tensor)
 
     def _native(self) -> _C.RowBank:
+        neuron_expert, neuron_index = neurons_at(self.positions, self.intermediate_size)
         return _C.RowBank(
             self.format,
             self.num_experts,
             self.hidden_size,
             self.intermediate_size,
-            *self._host_index,
+            neuron_expert.tolist(),
+            neuron_index.tolist(),
             self.codes.data_ptr(),
             self.absmax.data_ptr(),
             self.grad.data_ptr() if self.grad is not None else 0,
-            str(torch.float32 if self.grad is None else self.grad.dtype).removeprefix("torch."),
+            str(self.grad_dtype).removeprefix("torch."),
             self.neuron_expert.data_ptr(),
             self.neuron_index.data_ptr(),
             self.expert_hit.data_ptr(),
@@ -153,49 +163,15 @@ class RowBank:
         originals: ModelSource | None = None,
         mode: str = "master",
         master_dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str = "cpu",
+        **options: Any,
     ) -> RowBank:
         """Copy the rows of `neurons` = (neuron_expert, neuron_index), int32 [n] each, out of `store`.
 
         Masters come from `originals`, the checkpoint that `store` was made of; without it they are the decoded codes,
-        and a warning is logged. Raises StoreError when the fingerprint of `originals` is not the store's.
+        and a warning is logged. options: device, rounding, grad_dtype, placement, as the constructor's.
+        Raises StoreError when the fingerprint of `originals` is not the store's.
         """
-        if not 0 <= layer < store.num_layers:
-            raise ValueError(f"layer must lie in [0, {store.num_layers}), got {layer}")
-        if mode not in BANK_MODES:
-            raise ValueError(f"mode must be one of {BANK_MODES}, got {mode!r}")
-        if master_dtype not in MASTER_DTYPES.values():
-            raise ValueError(f"master_dtype must be torch.bfloat16 or torch.float32, got {master_dtype}")
-        if originals is not None and originals.fingerprint != store.fingerprint:
-            raise StoreError(
-                f"originals at {originals.path} are not the checkpoint this store was made of "
-                f"(fingerprint {originals.fingerprint}, the store's is {store.fingerprint})"
-            )
-        neuron_expert, neuron_index = neurons
-        check_neurons(neuron_expert, neuron_index, store.num_experts, store.intermediate_size)
-
-        codes, absmax, original_rows = [], [], []
-        experts, counts = torch.unique_consecutive(neuron_expert, return_counts=True)
-        for expert, selected in zip(experts.tolist(), neuron_index.long().cpu().split(counts.tolist())):
-            expert_codes, expert_absmax = store.rows(layer, expert, selected)
-            codes.append(expert_codes)
-            absmax.append(expert_absmax)
-            if originals is not None and mode == "master":
-                original_rows.append(originals.neurons(layer, expert, selected).to(master_dtype))
-        all_codes, all_absmax = torch.cat(codes), torch.cat(absmax)
-        master = None
-        if mode == "master":
-            if originals is not None:
-                master = torch.cat(original_rows)
-            else:
-                logger.warning(
-                    "layer %d: no original weights given; the masters start from the decoded %s codes",
-                    layer,
-                    store.format,
-                )
-                master = ops.dequantize_blocks(
-                    all_codes, all_absmax, store.hidden_size, store.format, dtype=torch.float32
-                ).to(master_dtype)
+        rows = store_rows(store, layer, neurons, originals=originals, mode=mode, master_dtype=master_dtype)
         return cls(
             layer=layer,
             format=store.format,
@@ -203,17 +179,44 @@ class RowBank:
             num_experts=store.num_experts,
             hidden_size=store.hidden_size,
             intermediate_size=store.intermediate_size,
+            neuron_expert=neurons[0],
+            neuron_index=neurons[1],
+            **rows,
+            **options,
+        )
+
+    def like(
+        self,
+        layer: int,
+        positions: torch.Tensor,
+        rows: Rows,
+        *,
+        trainable: bool = True,
+        grad_buffer: torch.Tensor | None = None,
+    ) -> RowBank:
+        """A bank of this one's kind for other neurons (`positions`, ascending) of `layer`, made of `rows`."""
+        neuron_expert, neuron_index = neurons_at(positions, self.intermediate_size)
+        return RowBank(
+            layer=layer,
+            format=self.format,
+            mode=self.mode,
+            num_experts=self.num_experts,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
             neuron_expert=neuron_expert,
             neuron_index=neuron_index,
-            codes=all_codes,
-            absmax=all_absmax,
-            master=master,
-            device=device,
+            device=self.device,
+            trainable=trainable,
+            rounding=self.rounding,
+            grad_dtype=self.grad_dtype,
+            placement=self.placement,
+            grad_buffer=grad_buffer,
+            **rows,
         )
 
     @property
     def num_neurons(self) -> int:
-        return len(self.neuron_expert)
+        return len(self.positions)
 
     @property
     def num_parameters(self) -> int:
@@ -226,19 +229,36 @@ class RowBank:
         return self.num_experts * self.intermediate_size * ROWS_PER_NEURON * self.hidden_size
 
     @property
+    def state_device(self) -> torch.device:
+        """Where the optimizer's update runs."""
+        return torch.device("cpu") if self.placement == "host" else self.device
+
+    @property
+    def rows(self) -> Rows:
+        """What was learnt and nothing else: codes, absmax and, by mode, the master; where the update runs."""
+        rows = {"codes": self.state_codes, "absmax": self.state_absmax, "master": self.master}
+        return {name: tensor for name, tensor in rows.items() if tensor is not None}
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the tensors on `device` (a shared gradient buffer counts as far as this bank uses it)."""
+        held = [self.neuron_expert, self.neuron_index, self.codes, self.absmax, self.grad]
+        if self.placement == "device":
+            held.append(self.master)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the tensors in host memory, whatever the device is."""
+        held = [self.positions, self.expert_hit, self.grad_squares]
+        if self.placement == "host":
+            held += [tensor for tensor in self.rows.values() if tensor is not self.codes and tensor is not self.absmax]
+        return sum(tensor.nbytes for tensor in held)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors held (the optimizer's moments are its own)."""
-        held = (
-            self.neuron_expert,
-            self.neuron_index,
-            self.codes,
-            self.absmax,
-            self.master,
-            self.grad,
-            self.expert_hit,
-            self.grad_squares,
-        )
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+        return self.device_bytes + self.host_bytes
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights the model computes with: decoded codes, [n, 3, H] in `dtype` (float32, bfloat16 or float16)."""
@@ -248,18 +268,54 @@ class RowBank:
         """The weights that were learnt: the master, or the decoded codes in mode "in_place"; [n, 3, H]."""
         return self.master.to(dtype) if self.master is not None else self.decode(dtype)
 
+    def publish(self) -> None:
+        """Copy updated codes and scales from host memory to the device; nothing to do in placement "device"."""
+        if self.state_codes is not self.codes:
+            # The next update reads grad on this stream first, so the host tensors are not written before they are read.
+            self.codes.copy_(self.state_codes, non_blocking=True)
+            self.absmax.copy_(self.state_absmax, non_blocking=True)
+
+    def active_rows(self) -> torch.Tensor:
+        """bool [n, 3], where the update runs: rows of experts that got gradients since zero_grad."""
+        hit = self.expert_hit[self.positions // self.intermediate_size].bool()
+        return hit[:, None].expand(-1, ROWS_PER_NEURON).contiguous().to(self.state_device)
+
     def zero_grad(self) -> None:
-        """Clear the gradient, its sums of squares and the record of experts with tokens."""
+        """Clear the gradient, its sums of squares and the record of experts that got one."""
         if self.grad is not None:
             self.grad.zero_()
         self.expert_hit.zero_()
         self.grad_squares.zero_()
 
     def grad_norm(self) -> torch.Tensor:
-        """The Euclidean norm of `grad`, float64, 0-dim. Raises ValueError when the bank is not trainable."""
-        if self.grad is None:
-            raise ValueError(f"the bank of layer {self.layer} is not trainable: it has no gradient")
-        return torch.linalg.vector_norm(self.grad, dtype=torch.float64)
+        """The Euclidean norm of `grad`, float64, 0-dim on `device`, from the sums that backward keeps."""
+        return self.grad_squares.sum().sqrt().to(self.device)
+
+    def use_gradient_buffer(self, buffer: torch.Tensor) -> None:
+        """Keep the gradient at the beginning of `buffer` (cleared); a layer that holds this bank must be set again.
+
+        Raises TypeError or ValueError unless it is one-dimensional, of grad_dtype and long enough.
+        """
+        if buffer.dtype != self.grad_dtype:
+            raise TypeError(f"grad_buffer must be {self.grad_dtype}, got {buffer.dtype}")
+        if buffer.dim() != 1 or len(buffer) < self.num_parameters:
+            raise ValueError(f"grad_buffer must be [>= {self.num_parameters}], got {tuple(buffer.shape)}")
+        self.grad_buffer = buffer
+        self.grad = buffer[: self.num_parameters].view(self.num_neurons, ROWS_PER_NEURON, self.hidden_size)
+        self.zero_grad()
+        self.native = self._native()
+
+
+def check_options(*, mode: str, rounding: str, grad_dtype: torch.dtype, placement: str) -> None:
+    """Raise ValueError naming the first setting that RowBank does not know."""
+    for name, value, allowed in (
+        ("mode", mode, BANK_MODES),
+        ("rounding", rounding, ROUNDINGS),
+        ("grad_dtype", grad_dtype, tuple(GRAD_DTYPES.values())),
+        ("placement", placement, PLACEMENTS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
 def share_gradients(layers: Iterable[PagedLayer]) -> None:
@@ -267,18 +323,16 @@ def share_gradients(layers: Iterable[PagedLayer]) -> None:
 
     For gradient release: each bank's gradient must be used up (`MaskedAdam.step_layer`, which clears it) before the
     backward of another layer writes to the buffer. The banks must be in place, and their gradients are cleared.
-    Raises ValueError when no layer has a trainable bank.
+    Raises ValueError when no layer has a trainable bank, or their gradients differ in dtype.
     """
     trained = [(layer, layer.bank) for layer in layers if layer.bank is not None and layer.bank.grad is not None]
     if not trained:
         raise ValueError("layers: none has a trainable bank")
-    if len({bank.grad.dtype for _, bank in trained if bank.grad is not None}) > 1:
+    if len({bank.grad_dtype for _, bank in trained}) > 1:
         raise ValueError("layers: their banks' gradients differ in dtype")
-    like = max((bank.grad for _, bank in trained if bank.grad is not None), key=torch.Tensor.numel)
-    buffer = torch.zeros_like(like).reshape(-1)
+    like = trained[0][1]
+    size = max(bank.num_parameters for _, bank in trained)
+    buffer = torch.zeros(size, dtype=like.grad_dtype, device=like.device)
     for layer, bank in trained:
-        bank.grad = buffer[: bank.num_parameters].view(bank.num_neurons, ROWS_PER_NEURON, bank.hidden_size)
-        bank.expert_hit.zero_()
-        bank.grad_squares.zero_()
-        bank.native = bank._native()
+        bank.use_gradient_buffer(buffer)
         layer.set_bank(bank)

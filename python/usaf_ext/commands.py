@@ -71,24 +71,10 @@ def train(arguments: argparse.Namespace) -> int:
     """Fine-tune chosen neurons; evaluates held-out files, if any, before and after."""
     from .data import PackedDataset
     from .experts import expert_memory
-    from .train_config import TrainConfig
+    from .train_flags import train_config
     from .training import train as run_training
 
-    config = TrainConfig(
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        seq_len=arguments.seq_len,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        learning_rate=arguments.learning_rate,
-        router_learning_rate=arguments.router_learning_rate,
-        density=arguments.density,
-        router=arguments.router,
-        router_warmup_steps=arguments.router_warmup_steps,
-        mode=arguments.mode,
-        checkpoint_every=arguments.checkpoint_every,
-        seed=arguments.seed,
-    )
+    config = train_config(arguments)
     loaded = _load(arguments)
     if loaded.run is not None:
         raise ValueError(f"--model: {arguments.model} is a run; name its base model, and continue it with --resume")
@@ -116,6 +102,8 @@ def train(arguments: argparse.Namespace) -> int:
     )
     for name, losses in result.evaluations.items():
         print(f"{name}: " + ", ".join(f"loss {loss:.4f} at step {step}" for step, loss in losses.items()))
+    for layer in result.collapsed:
+        print(f"MoE layer {layer.layer} is collapsed: {len(layer.dead)} dead experts, {len(layer.swamping)} swamped")
     print("plots: loss.png, expert_load.png; one line a step: log.jsonl")
     return 0
 
@@ -135,7 +123,7 @@ def eval(arguments: argparse.Namespace) -> int:
 def export(arguments: argparse.Namespace) -> int:
     """Write a run as a plain checkpoint, compared bit by bit with what it should be."""
     from .checkpoint_folder import CheckpointFolder
-    from .experts import expert_store, paged_layers
+    from .experts import expert_store, trained_banks
     from .export import export as write_checkpoint
     from .loading import load_model
     from .router import trained_routers
@@ -151,7 +139,7 @@ def export(arguments: argparse.Namespace) -> int:
         arguments.out,
         source=loaded.originals or CheckpointFolder.open(loaded.base),
         store=expert_store(loaded.model),
-        banks=[layer.bank for layer in paged_layers(loaded.model) if layer.bank is not None],
+        banks=trained_banks(loaded.model),
         router={
             f"{name}.weight": module.get_parameter("weight").detach()
             for name, module in trained_routers(loaded.model).items()

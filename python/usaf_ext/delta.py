@@ -1,4 +1,4 @@
-"""The delta: what a run learnt (bank rows and fp32 routers), as one small safetensors file."""
+"""The delta: what a run learnt (bank rows, frozen rows and fp32 routers), as one small safetensors file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from torch import nn
 from .atomic import atomic_file
 from .bank import RowBank
 from .errors import StoreError
-from .experts import expert_store, paged_layers
+from .experts import PagedLayer, expert_store, paged_layers, trained_banks
 from .router import find_routers, train_routers, trained_routers
 
-DELTA_FORMAT_VERSION = 1
+DELTA_FORMAT_VERSION = 2  # 1: without frozen rows
 DELTA_KIND = "usaf_delta"
 _METADATA_KEY = "usaf"
-_ROWS = ("neuron_expert", "neuron_index", "codes", "absmax", "master")
+_ROWS = ("neuron_expert", "neuron_index", "codes", "absmax")
+_ROWS_OF_MODE = {"master": (*_ROWS, "master"), "in_place": _ROWS}
 
 
 def _digest(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
@@ -81,6 +82,7 @@ class Delta:
     Attributes:
         fingerprint: of the base model (None: a store made from plain tensors). format, mode: as in RowBank.
         banks: layer name -> {"neuron_expert", "neuron_index", "codes", "absmax"[, "master"]}, as in RowBank, on CPU.
+        frozen: the same of the rows that re-selection froze, of the layers that have any.
         routers: router name -> float32 weight [num_experts, hidden_size].
     """
 
@@ -88,6 +90,7 @@ class Delta:
     format: str
     mode: str
     banks: dict[str, dict[str, torch.Tensor]]
+    frozen: dict[str, dict[str, torch.Tensor]]
     routers: dict[str, torch.Tensor]
 
 
@@ -96,19 +99,21 @@ def delta_of(model: nn.Module) -> Delta:
 
     Raises ValueError when the model has neither a bank nor a trained router.
     """
-    store = expert_store(model)
-    banks, modes = {}, set()
-    for layer in paged_layers(model):
-        if layer.bank is not None:
-            modes.add(layer.bank.mode)
-            rows = {name: getattr(layer.bank, name) for name in _ROWS}
-            banks[layer.name] = {name: tensor.cpu() for name, tensor in rows.items() if tensor is not None}
+    store, layers = expert_store(model), paged_layers(model)
+    banks = {layer.name: _bank_rows(layer.bank) for layer in layers if layer.bank is not None}
+    frozen = {layer.name: _bank_rows(layer.frozen_bank) for layer in layers if layer.frozen_bank is not None}
+    modes = {bank.mode for bank in trained_banks(model)}
     routers = {name: module.get_parameter("weight").detach().cpu() for name, module in trained_routers(model).items()}
-    if not banks and not routers:
+    if not modes and not routers:
         raise ValueError("model: nothing was trained: no layer has a bank and no router is trained")
     if len(modes) > 1:
         raise ValueError(f"model: its banks differ in mode: {sorted(modes)}")
-    return Delta(store.fingerprint, store.format, modes.pop() if modes else "master", banks, routers)
+    return Delta(store.fingerprint, store.format, modes.pop() if modes else "master", banks, frozen, routers)
+
+
+def _bank_rows(bank: RowBank) -> dict[str, torch.Tensor]:
+    rows = {"neuron_expert": bank.neuron_expert, "neuron_index": bank.neuron_index, **bank.rows}
+    return {name: tensor.cpu() for name, tensor in rows.items()}
 
 
 def write_delta(path: str | Path, delta: Delta) -> None:
@@ -118,9 +123,11 @@ def write_delta(path: str | Path, delta: Delta) -> None:
         "format": delta.format,
         "mode": delta.mode,
         "layers": list(delta.banks),
+        "frozen": list(delta.frozen),
         "routers": list(delta.routers),
     }
     tensors = {f"{layer}.{name}": tensor for layer, rows in delta.banks.items() for name, tensor in rows.items()}
+    tensors |= {f"{layer}.frozen.{name}": t for layer, rows in delta.frozen.items() for name, t in rows.items()}
     tensors |= {f"{name}.weight": weight for name, weight in delta.routers.items()}
     with atomic_file(path) as temporary:
         write_checked(temporary, DELTA_KIND, DELTA_FORMAT_VERSION, metadata, tensors)
@@ -131,19 +138,23 @@ def read_delta(path: str | Path) -> Delta:
     header, tensors = read_checked(Path(path), DELTA_KIND, DELTA_FORMAT_VERSION)
     try:
         mode = header["mode"]
-        rows = [name for name in _ROWS if name != "master" or mode == "master"]
+        rows = _ROWS_OF_MODE[mode]
         banks = {layer: {name: tensors[f"{layer}.{name}"] for name in rows} for layer in header["layers"]}
+        frozen = {
+            layer: {name: tensors[f"{layer}.frozen.{name}"] for name in rows} for layer in header.get("frozen", [])
+        }
         routers = {name: tensors[f"{name}.weight"] for name in header["routers"]}
-        return Delta(header["fingerprint"], header["format"], mode, banks, routers)
+        return Delta(header["fingerprint"], header["format"], mode, banks, frozen, routers)
     except KeyError as error:
         raise StoreError(f"{path}: incomplete: {error} is missing") from error
 
 
-def apply_delta(model: nn.Module, delta: Delta, *, trainable: bool = True) -> None:
+def apply_delta(model: nn.Module, delta: Delta, *, trainable: bool = True, **options: Any) -> None:
     """Give a model the banks and routers of `delta`, in place of its present ones.
 
-    trainable False holds no gradients (for evaluation and generation). Raises StoreError, before anything is changed,
-    when the delta belongs to another base model, format or shape.
+    trainable False holds no gradients (for evaluation and generation). options: rounding, grad_dtype and placement of
+    the banks, as in RowBank. Raises StoreError, before anything is changed, when the delta belongs to another base
+    model, format or shape.
     """
     store, layers = expert_store(model), paged_layers(model)
     if delta.fingerprint != store.fingerprint:
@@ -153,7 +164,7 @@ def apply_delta(model: nn.Module, delta: Delta, *, trainable: bool = True) -> No
         )
     if delta.format != store.format:
         raise StoreError(f"the delta has format {delta.format}, the store {store.format}")
-    unknown = set(delta.banks) - {layer.name for layer in layers}
+    unknown = (set(delta.banks) | set(delta.frozen)) - {layer.name for layer in layers}
     if unknown:
         raise StoreError(f"the delta has layers that the model lacks: {', '.join(sorted(unknown))}")
     found = find_routers(model) if delta.routers else {}
@@ -162,34 +173,36 @@ def apply_delta(model: nn.Module, delta: Delta, *, trainable: bool = True) -> No
             raise StoreError(f"the delta's router {name} {tuple(weight.shape)} does not fit the model")
     if delta.routers and set(found) != set(delta.routers):
         raise StoreError("the delta holds only some of the model's routers")
-    banks = []
-    for layer in layers:
-        rows = delta.banks.get(layer.name)
-        try:
-            banks.append(
-                None
-                if rows is None
-                else RowBank(
-                    layer=layer.index,
-                    format=delta.format,
-                    mode=delta.mode,
-                    num_experts=layer.num_experts,
-                    hidden_size=layer.hidden_size,
-                    intermediate_size=layer.intermediate_size,
-                    device=layer.anchor.device,
-                    trainable=trainable,
-                    neuron_expert=rows["neuron_expert"].clone(),
-                    neuron_index=rows["neuron_index"].clone(),
-                    codes=rows["codes"].clone(),
-                    absmax=rows["absmax"].clone(),
-                    master=rows["master"].clone() if "master" in rows else None,
-                )
-            )
-        except (TypeError, ValueError) as error:
-            raise StoreError(f"the delta's rows of {layer.name} do not fit the model: {error}") from error
-    for layer, bank in zip(layers, banks):
+    banks = [
+        (
+            _bank_of(layer, delta, delta.banks.get(layer.name), trainable=trainable, **options),
+            _bank_of(layer, delta, delta.frozen.get(layer.name), trainable=False, **options),
+        )
+        for layer in layers
+    ]
+    for layer, (bank, frozen) in zip(layers, banks):
         layer.set_bank(bank)
+        layer.set_frozen_bank(frozen)
     if delta.routers:
         for name, router in train_routers(model).items():
             with torch.no_grad():
                 router.get_parameter("weight").copy_(delta.routers[name])
+
+
+def _bank_of(layer: PagedLayer, delta: Delta, rows: dict[str, torch.Tensor] | None, **options: Any) -> RowBank | None:
+    if rows is None:
+        return None
+    try:
+        return RowBank(
+            layer=layer.index,
+            format=delta.format,
+            mode=delta.mode,
+            num_experts=layer.num_experts,
+            hidden_size=layer.hidden_size,
+            intermediate_size=layer.intermediate_size,
+            device=layer.anchor.device,
+            **{name: tensor.clone() for name, tensor in rows.items()},
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"the delta's rows of {layer.name} do not fit the model: {error}") from error

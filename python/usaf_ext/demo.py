@@ -23,7 +23,7 @@ from .checkpoint_source import ModelSource
 from .data import PackedDataset
 from .errors import UsafError
 from .evaluation import evaluate
-from .experts import expert_memory, paged_layers
+from .experts import expert_memory, paged_layers, trained_banks
 from .export import export
 from .loading import LoadedModel, load_model
 from .router import trained_routers
@@ -151,7 +151,7 @@ def demo(arguments: argparse.Namespace) -> int:
             folder,
             source=source,
             store=ExpertStore.open(out / "store"),
-            banks=[layer.bank for layer in layers if layer.bank is not None],
+            banks=trained_banks(loaded.model),
             router=routers,
             base=base,
             dtype=dtype if base == "dequantized" else None,

@@ -115,11 +115,11 @@ class _Export:
         self._cached: tuple[tuple[int, int], Expert] | None = None
 
     def _take_banks(self, banks: Sequence[RowBank]) -> None:
-        self.banks: dict[int, RowBank] = {}
-        self.neurons: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # -> index in expert, in bank
+        # (layer, expert) -> the neurons' indices in the expert, their bank, and where they stand in it
+        self.neurons: dict[tuple[int, int], list[tuple[torch.Tensor, RowBank, torch.Tensor]]] = {}
         for bank in banks:
-            if bank.layer in self.banks or not 0 <= bank.layer < self.store.num_layers:
-                raise ValueError(f"banks: layer {bank.layer} is out of range or given twice")
+            if not 0 <= bank.layer < self.store.num_layers:
+                raise ValueError(f"banks: layer {bank.layer} is out of range")
             if bank.format != self.store.format:
                 raise ValueError(f"banks: layer {bank.layer} is in {bank.format}, the store in {self.store.format}")
             rows = self._trained(bank, slice(None))
@@ -129,11 +129,20 @@ class _Export:
                 )
             if not bool(torch.isfinite(rows).all()):
                 raise StoreError(f"banks: layer {bank.layer} has trained weights that are not finite in {self.dtype}")
-            self.banks[bank.layer] = bank
-            experts = bank.neuron_expert.to("cpu", torch.int64)
+            experts, indices = (index.to("cpu", torch.int64) for index in (bank.neuron_expert, bank.neuron_index))
             for expert in experts.unique().tolist():
                 where = (experts == expert).nonzero()[:, 0]
-                self.neurons[bank.layer, expert] = (bank.neuron_index.to("cpu", torch.int64)[where], where)
+                self.neurons.setdefault((bank.layer, expert), []).append((indices[where], bank, where))
+        for (layer, _expert), found in self.neurons.items():
+            index = torch.cat([index for index, _, _ in found])
+            if len(index.unique()) != len(index):
+                raise ValueError(f"banks: a neuron of layer {layer} is given twice")
+
+    def _trained_of(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of an expert's trained neurons, int64 [n], and their rows [n, 3, H] in the export's dtype."""
+        found = self.neurons[layer, expert]
+        index = torch.cat([index for index, _, _ in found])
+        return index, torch.cat([self._trained(bank, where) for _, bank, where in found])
 
     def _trained(self, bank: RowBank, where: torch.Tensor | slice) -> torch.Tensor:
         """Trained rows [n, 3, H] in the export's dtype."""
@@ -213,8 +222,7 @@ class _Export:
             return self._cached[1]
         weights = self.base_expert(layer, expert)
         if (layer, expert) in self.neurons:
-            index, where = self.neurons[layer, expert]
-            rows = self._trained(self.banks[layer], where)
+            index, rows = self._trained_of(layer, expert)
             gate, up, down = (weight.clone() for weight in weights)
             gate[index], up[index], down[:, index] = rows[:, 0], rows[:, 1], rows[:, 2].T
             weights = gate, up, down
@@ -267,22 +275,21 @@ class _Export:
         for layer in range(self.store.num_layers):
             for expert in range(self.store.num_experts):
                 untrained += self._verify_expert(written, layer, expert)
-                trained += 3 * self.store.hidden_size * len(self.neurons.get((layer, expert), ((),))[0])
+                trained += 3 * self.store.hidden_size * sum(len(n) for n, _, _ in self.neurons.get((layer, expert), []))
         written.close()
         return trained, untrained
 
     def _verify_expert(self, written: ModelSource, layer: int, expert: int) -> int:
-        index = self.neurons[layer, expert][0] if (layer, expert) in self.neurons else torch.empty(0, dtype=torch.int64)
         untouched = torch.ones(self.store.intermediate_size, dtype=torch.bool)
-        untouched[index] = False
+        if (layer, expert) in self.neurons:
+            index, rows = self._trained_of(layer, expert)
+            untouched[index] = False
+            if not torch.equal(_bits(written.neurons(layer, expert, index)), _bits(rows)):
+                raise StoreError(f"{self.store.layer_names[layer]}, expert {expert}: a trained weight differs")
         found, base = written.expert(layer, expert), self.base_expert(layer, expert)
         for read, meant in zip((found[0], found[1], found[2].T), (base[0], base[1], base[2].T)):
             if not torch.equal(_bits(read[untouched]), _bits(meant[untouched])):
                 raise StoreError(f"{self.store.layer_names[layer]}, expert {expert}: an untrained weight differs")
-        if len(index):
-            rows = self._trained(self.banks[layer], self.neurons[layer, expert][1])
-            if not torch.equal(_bits(written.neurons(layer, expert, index)), _bits(rows)):
-                raise StoreError(f"{self.store.layer_names[layer]}, expert {expert}: a trained weight differs")
         return 3 * self.store.hidden_size * int(untouched.sum())
 
 
@@ -303,7 +310,7 @@ def export(
         source: the original checkpoint (`ModelSource`). For base "dequantized" without one, the store's folder
             (`CheckpointFolder`): experts then go under transformers' own fused names.
         store: the store that `source` was quantised into.
-        banks: the trained neurons, at most one bank a layer.
+        banks: what was trained (`trained_banks`), no neuron twice; rows that re-selection froze are as good as others.
         router: float32 [num_experts, hidden_size] by parameter name or checkpoint key; what is missing stays.
         base: "original" or "dequantized".
         dtype: of a dequantized export, float32 (default) or bfloat16; a trained router stays float32. An original-based

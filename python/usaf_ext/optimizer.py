@@ -11,10 +11,12 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from . import ops
+from .bank import RowBank, host_memory
 from .errors import UsafError
 from .experts import PagedLayer, check_routes, paged_layers
 from .router import trained_routers
 
+MOMENTS = ("fp32",)
 MAX_SKIPPED_STEPS = 10  # non-finite gradients this often in a row are no accident
 # An anchor's gradient is a sum of fp32 increments, so without clipping it is the bank's norm but for rounding.
 _UNCLIPPED = 2.0**-17
@@ -27,6 +29,13 @@ def _coefficient(clipped: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     return torch.where(untouched, 1.0, ratio)
 
 
+def _placed(tensor: torch.Tensor, bank: RowBank) -> torch.Tensor:
+    """`tensor`, or a copy of it, where the bank's update runs; in host memory beside a GPU it is pinned."""
+    if bank.placement == "host" and bank.device.type == "cuda":
+        return host_memory(tensor, bank.device).copy_(tensor)
+    return tensor.to(bank.state_device)
+
+
 def _not_finite(*values: torch.Tensor) -> torch.Tensor:
     """float32, 0-dim: 1 if any of the 0-dim tensors is infinite or NaN."""
     return (~torch.isfinite(torch.stack([value.double() for value in values])).all()).float()
@@ -37,9 +46,10 @@ class MaskedAdam(torch.optim.Optimizer):
 
     Parameter groups: "experts" holds the anchors of the layers with a bank, "router" the fp32 router weights (absent
     when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first
-    step. torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's
-    gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and so does
-    a ratio that is 1 but for rounding).
+    step where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once.
+    torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's
+    gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and
+    so does a ratio that is 1 but for rounding).
 
     Rows of experts without tokens since the last step keep every bit. If any gradient is not finite, the whole step is
     skipped and no bit changes. `step` clears bank gradients and anchor gradients; router gradients are left to
@@ -49,6 +59,7 @@ class MaskedAdam(torch.optim.Optimizer):
         model: a model with paged experts, or its PagedLayers (then no router is trained).
         lr: learning rate of the expert rows. router_lr: of the routers, `lr` when None.
         betas, eps, weight_decay: as torch.optim.AdamW; the decay is decoupled and applies to expert rows only.
+        moments: "fp32", or "8bit": block-wise 8-bit moments of the expert rows (the routers' stay fp32).
     """
 
     def __init__(
@@ -60,7 +71,10 @@ class MaskedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         seed: int = 0,
+        moments: str = "fp32",
     ) -> None:
+        if moments not in MOMENTS:
+            raise ValueError(f"moments: expected one of {MOMENTS}, got {moments!r}")
         router_lr = lr if router_lr is None else router_lr
         for name, value in (("lr", lr), ("router_lr", router_lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not 0 <= value < math.inf:
@@ -71,10 +85,9 @@ class MaskedAdam(torch.optim.Optimizer):
             layers, routers = paged_layers(model), trained_routers(model)
         else:
             layers, routers = list(model), {}
+        self.moments = moments
         self._all_layers = layers
-        self._layers = {
-            layer.anchor: layer for layer in layers if layer.bank is not None and layer.bank.grad is not None
-        }
+        self._layers = self._trained_layers()
         weights = [router.get_parameter("weight") for router in routers.values()]
         if not self._layers and not weights:
             raise ValueError(
@@ -91,8 +104,14 @@ class MaskedAdam(torch.optim.Optimizer):
         self._changed = torch.zeros((), dtype=torch.int32, device=device)
         self._expected = torch.zeros((), dtype=torch.bool, device=device)
         self._skipped = torch.zeros((), dtype=torch.int32, device=device)
+        self._staging: torch.Tensor | None = None  # see _gradient
         self._released: set[nn.Parameter] = set()  # anchors of the layers that step_layer updated in this step
         self._released_inf = torch.zeros((), dtype=torch.float32, device=device)
+
+    def _trained_layers(self) -> dict[nn.Parameter, PagedLayer]:
+        return {
+            layer.anchor: layer for layer in self._all_layers if layer.bank is not None and layer.bank.grad is not None
+        }
 
     @property
     def num_parameters(self) -> int:
@@ -184,22 +203,20 @@ class MaskedAdam(torch.optim.Optimizer):
         layer = self._layers[anchor]
         bank = layer.bank
         assert bank is not None
-        assert bank.grad is not None
         state = self.state[anchor]
         if not state:
-            state["step"] = torch.zeros(bank.codes.shape[:2], dtype=torch.int32, device=bank.codes.device)
-            state["exp_avg"] = torch.zeros_like(bank.grad)
-            state["exp_avg_sq"] = torch.zeros_like(bank.grad)
-        hit = bank.expert_hit.to(bank.neuron_expert.device)[bank.neuron_expert.long()].bool()
+            state.update(self._new_state(bank, bank.num_neurons))
         if group["lr"] > 0:
             self._expected |= (bank.grad_norm() * coefficient != 0) & (found_inf == 0)
+        device = bank.state_device
+        changed = self._changed.to(device)
         ops.masked_adam_(
-            bank.codes,
-            bank.absmax,
+            bank.state_codes,
+            bank.state_absmax,
             state["exp_avg"],
             state["exp_avg_sq"],
             state["step"],
-            bank.grad,
+            self._gradient(bank),
             lr=float(group["lr"]),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -208,14 +225,82 @@ class MaskedAdam(torch.optim.Optimizer):
             format=bank.format,
             mode=bank.mode,
             master=bank.master,
-            active=hit[:, None].expand(state["step"].shape).contiguous(),
-            grad_scale=coefficient.float(),
-            found_inf=found_inf,
-            changed=self._changed,
+            active=bank.active_rows(),
+            grad_scale=coefficient.float().to(device),
+            found_inf=found_inf.to(device),
+            changed=changed,
             seed=group["seed"],
             # All candidates of the layers below: the noise depends neither on their banks nor on the order of stepping.
             first_element=layer.index * bank.num_candidates,
         )
+        self._changed.copy_(changed)
+        bank.publish()
+
+    def _new_state(self, bank: RowBank, num_neurons: int) -> dict[str, torch.Tensor]:
+        """Moments and step counts of neurons that have not made a step, where the bank's update runs."""
+        shape = (num_neurons, *bank.codes.shape[1:2], bank.hidden_size)
+        state = {"step": torch.zeros(shape[:2], dtype=torch.int32)}
+        state |= {name: torch.zeros(shape, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+        return {name: _placed(tensor, bank) for name, tensor in state.items()}
+
+    def _gradient(self, bank: RowBank) -> torch.Tensor:
+        """The bank's gradient where its update runs: in placement "host" a copy, in memory that all banks share."""
+        assert bank.grad is not None
+        if bank.placement == "device":
+            return bank.grad
+        if self._staging is None or self._staging.dtype != bank.grad_dtype or len(self._staging) < bank.num_parameters:
+            largest = max(layer.bank.num_parameters for layer in self._layers.values() if layer.bank is not None)
+            self._staging = host_memory(torch.empty(largest, dtype=bank.grad_dtype, device="meta"), bank.device)
+        return self._staging[: bank.num_parameters].view_as(bank.grad).copy_(bank.grad)
+
+    @torch.no_grad()
+    def replace_banks(self, banks: Iterable[tuple[PagedLayer, RowBank | None]]) -> None:
+        """Give layers of this optimizer's model new banks between steps (re-selection), and set them, one by one.
+
+        Neurons that a layer's present bank has too keep their moments and step counts bit for bit; the others start
+        anew. Raises ValueError for a layer of another model.
+        """
+        for layer, bank in banks:
+            if not any(layer is known for known in self._all_layers):
+                raise ValueError(f"banks: layer {layer.index} does not belong to the model of this optimizer")
+            state = self.state.pop(layer.anchor, {})
+            if state and bank is not None:
+                assert layer.bank is not None
+                self.state[layer.anchor] = self._carried(state, layer.bank, bank)
+            layer.set_bank(bank)
+        self._layers = self._trained_layers()
+        for group in self.param_groups:
+            if group["name"] == "experts":
+                group["params"] = list(self._layers)
+
+    def _carried(self, state: dict[str, torch.Tensor], old: RowBank, new: RowBank) -> dict[str, torch.Tensor]:
+        both = torch.isin(new.positions, old.positions)
+        source = torch.searchsorted(old.positions, new.positions[both])
+        carried = self._new_state(new, new.num_neurons)
+        for name, tensor in carried.items():
+            tensor[both.to(tensor.device)] = state[name][source.to(tensor.device)]
+        return carried
+
+    def bank_bytes(self) -> dict[str, int]:
+        """Bytes for training the expert rows, {"device": .., "host": ..}: banks, frozen rows, moments (those to come
+        at the first step too) and the gradient's copy in host memory."""
+        total = {"device": 0, "host": 0}
+        for layer in self._all_layers:
+            for bank in (layer.bank, layer.frozen_bank):
+                if bank is not None:
+                    total["device"] += bank.device_bytes
+                    total["host"] += bank.host_bytes
+        for layer in self._layers.values():
+            if layer.bank is not None:
+                row = sum(tensor.nbytes for tensor in self._new_state(layer.bank, 1).values())
+                total[layer.bank.placement] += row * layer.bank.num_neurons
+        in_host = [
+            layer.bank.num_parameters * layer.bank.grad_dtype.itemsize
+            for layer in self._layers.values()
+            if layer.bank is not None and layer.bank.placement == "host"
+        ]
+        total["host"] += max(in_host, default=0)
+        return total
 
     def _step_router(self, weight: nn.Parameter, group: dict[str, Any], found_inf: torch.Tensor) -> None:
         state = self.state[weight]
@@ -275,19 +360,27 @@ class MaskedAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's. Raises ValueError, changing nothing, when a moment does not fit its bank or router."""
         params = [p for group in self.param_groups for p in group["params"]]
+        rows: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
         for position, entry in state_dict["state"].items():
             if not 0 <= position < len(params):
                 raise ValueError(f"state_dict: entry {position}, but there are {len(params)} parameters")
             layer = self._layers.get(params[position])
-            shape = layer.bank.codes.shape[:2] if layer is not None and layer.bank is not None else None
-            wanted = tuple(params[position].shape) if shape is None else (*shape, layer.hidden_size)  # type: ignore[union-attr]
-            for name in ("exp_avg", "exp_avg_sq"):
-                if tuple(entry[name].shape) != wanted:
+            bank = None if layer is None else layer.bank
+            if bank is None:
+                like = dict.fromkeys(("exp_avg", "exp_avg_sq"), params[position].detach())
+            else:
+                like = self._new_state(bank, 1)
+                rows[params[position]] = {name: _placed(entry[name].clone(), bank) for name in entry}
+                if set(entry) != set(like):
+                    raise ValueError(f"state_dict: parameter {position} has {sorted(entry)}, expected {sorted(like)}")
+            for name, example in like.items():
+                wanted = tuple(example.shape) if bank is None else (bank.num_neurons, *example.shape[1:])
+                if tuple(entry[name].shape) != wanted or entry[name].dtype != example.dtype:
                     raise ValueError(
-                        f"state_dict: {name} of parameter {position} has shape {tuple(entry[name].shape)}, expected "
-                        f"{wanted}: it belongs to another selection"
+                        f"state_dict: {name} of parameter {position} is {entry[name].dtype} "
+                        f"{tuple(entry[name].shape)}, expected {example.dtype} {wanted}: it belongs to another "
+                        "selection, or to moments of another kind"
                     )
-        super().load_state_dict(state_dict)
-        for anchor in self._layers:
-            if self.state[anchor]:
-                self.state[anchor]["step"] = self.state[anchor]["step"].to(anchor.device)
+        of_routers = {n: entry for n, entry in state_dict["state"].items() if params[n] not in rows}
+        super().load_state_dict({**state_dict, "state": of_routers})
+        self.state.update(rows)  # torch's own loading would cast them to the anchor's dtype and device
