@@ -22,6 +22,7 @@ struct CpuBackend {
   static constexpr auto row_gradient = cpu::row_gradient;
   static constexpr auto row_importance = cpu::row_importance;
   static constexpr auto masked_adam = cpu::masked_adam;
+  static constexpr auto decode_moments8 = cpu::decode_moments8;
   static constexpr auto router_uniform = cpu::router_uniform;
 
   // Makes the tensor's device current for its lifetime; stream() is that device's current stream.

@@ -79,6 +79,7 @@ class PagedLayer:
         anchor: fp32 Parameter of one element, never updated. It makes autograd run the backward, and its gradient is
             the norm of the gradients accumulated in the bank, so that clipping by a global norm counts them.
         token_counts: int32 [num_experts], the tokens per expert of the latest forward (all its micro-batches).
+        rerouted: bool, 0-dim: a recompute chose other experts than its forward (see `check_routes`); None: none ran.
         bank: the trained neurons, or None.
         frozen_bank: neurons trained earlier, whose rows the model computes with, or None.
     """
@@ -104,7 +105,7 @@ class PagedLayer:
         dtype = str(memory.dtype).removeprefix("torch.")
         self.native = _C.ExpertLayer(memory.sweep, index, activation, dtype, memory.scratch_pointer)
         self.native.set_token_counts(self.token_counts.data_ptr())
-        self._rerouted: Tensor | None = None
+        self.rerouted: Tensor | None = None
         _layers[self.native.handle] = self
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -187,13 +188,13 @@ class PagedLayer:
 
     def note_route(self, forward: Tensor, recomputed: Tensor) -> None:
         """Compare the top-k index of a forward with that of its recompute, on the device; see `check_routes`."""
-        if self._rerouted is None:
-            self._rerouted = torch.zeros((), dtype=torch.bool, device=forward.device)
-        self._rerouted |= (forward != recomputed).any()
+        if self.rerouted is None:
+            self.rerouted = torch.zeros((), dtype=torch.bool, device=forward.device)
+        self.rerouted |= (forward != recomputed).any()
 
     def take_rerouted(self) -> bool:
         """Whether a recompute since the last call routed otherwise than its forward; waits for the device if so."""
-        flag, self._rerouted = self._rerouted, None
+        flag, self.rerouted = self.rerouted, None
         return flag is not None and bool(flag)
 
     def begin_importance(self, metric: str = "gradient") -> Tensor:
