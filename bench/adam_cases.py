@@ -24,8 +24,8 @@ def _adam(mode: str, format: str, moments: str, grad_dtype: torch.dtype, shape: 
     elif mode == "residual":
         state["residual"] = torch.zeros(rows, cols, dtype=torch.int8)
     if moments == "8bit":
-        exp_avg, state["exp_avg_absmax"] = ops.empty_moments8((rows, cols), signed=True)
-        exp_avg_sq, state["exp_avg_sq_absmax"] = ops.empty_moments8((rows, cols), signed=False)
+        exp_avg, state["exp_avg_absmax"] = ops.empty_moments8((rows, cols))
+        exp_avg_sq, state["exp_avg_sq_absmax"] = ops.empty_moments8((rows, cols))
     else:
         exp_avg, exp_avg_sq = torch.zeros(rows, cols), torch.zeros(rows, cols)
     step = torch.zeros(rows, dtype=torch.int32)

@@ -1,5 +1,5 @@
-"""The CPU kernels on another processor: cross-compiled for aarch64, run under qemu-user, bit for bit what this one gives
-(glu to rounding: its exponential is the C library's)."""
+"""The CPU kernels on another processor: cross-compiled for aarch64 and run under qemu-user, they give the same bits.
+(glu to rounding: its exponential is the C library's.)"""
 
 from __future__ import annotations
 
@@ -211,3 +211,82 @@ def test_row_gradient_and_importance(run, dtype, grad_dtype, hidden_size):
     run("row_importance", importance=got, weights=None, **activations, **sizes)
     ops.row_importance_(importance, x, grad_out, grad_gate_up, weighted_h, offsets)
     _assert_same_bits(got, importance)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+@pytest.mark.parametrize("mode", ["master", "in_place", "residual", "eco"])
+@pytest.mark.parametrize("format", _C.FORMATS)
+def test_masked_adam(run, format, mode, moments):
+    if format == "bf16" and mode == "residual":
+        pytest.skip("residual needs a block format")
+    rows, cols = 4, 331
+    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+    weight = torch.randn(rows, cols).mul(0.02).bfloat16()
+    codes, absmax = ops.quantize_blocks(weight, format)
+    if moments == "8bit":
+        exp_avg, exp_avg_absmax = ops.empty_moments8((rows, cols))
+        exp_avg_sq, exp_avg_sq_absmax = ops.empty_moments8((rows, cols))
+    else:
+        exp_avg, exp_avg_sq = torch.zeros(rows, cols), torch.zeros(rows, cols)
+        exp_avg_absmax = exp_avg_sq_absmax = None
+    tensors = {
+        "codes": codes,
+        "absmax": absmax,
+        "master": weight.clone() if mode == "master" else None,
+        "residual": torch.zeros(rows, cols, dtype=torch.int8) if mode == "residual" else None,
+        "exp_avg": exp_avg,
+        "exp_avg_sq": exp_avg_sq,
+        "exp_avg_absmax": exp_avg_absmax,
+        "exp_avg_sq_absmax": exp_avg_sq_absmax,
+        "step": torch.zeros(rows, dtype=torch.int32),
+    }
+    active = torch.tensor([True, True, False, True])
+    arrays = {name: None if tensor is None else _bytes(tensor) for name, tensor in tensors.items()}
+    for _ in range(3):
+        grad = torch.randn(rows, cols).mul(0.01)
+        run(
+            "masked_adam",
+            grad=_bytes(grad),
+            active=_bytes(active),
+            grad_scale=None,
+            found_inf=None,
+            changed=None,
+            num_rows=rows,
+            cols=cols,
+            seed=11,
+            first_element=7,
+            format=FORMAT_IDS[format],
+            mode=["master", "in_place", "residual", "eco"].index(mode),
+            master_dtype=1,
+            grad_dtype=0,
+            stochastic=True,
+            **hyper,
+            **arrays,
+        )
+        ops.masked_adam_(
+            **tensors, grad=grad, active=active, format=format, mode=mode, seed=11, first_element=7, **hyper
+        )
+    for name, array in arrays.items():
+        if array is not None:
+            _assert_same_bits(array, tensors[name])
+
+
+def test_moments_squares_and_noise(run):
+    codes = torch.randint(0, 256, (3, 300), dtype=torch.uint8)
+    absmax = torch.rand(3, 2)
+    for signed in (True, False):
+        out = np.zeros(codes.numel() * 4, np.uint8)
+        arrays = {"codes": _bytes(codes), "absmax": _bytes(absmax), "out": out}
+        run("decode_moments8", num_rows=3, cols=300, is_signed=signed, **arrays)
+        _assert_same_bits(out, ops.dequantize_moments8(codes, absmax, signed))
+
+    rows = torch.randn(3, 101)
+    squares = np.zeros(3 * 8, np.uint8)
+    run("squares_of_rows", rows=_bytes(rows), squares=squares, num_rows=3, cols=101, dtype=0)
+    torch.testing.assert_close(torch.from_numpy(squares).view(torch.float64), rows.double().square().sum(1))
+
+    noise = torch.empty(5, 7)
+    got, key = _bytes(noise), {"seed": 3, "step": 2, "micro_batch": 1, "layer": 4}
+    run("router_uniform", out=got, num_tokens=5, num_experts=7, **key)
+    ops.router_uniform_(noise, **key)
+    _assert_same_bits(got, noise)

@@ -45,6 +45,9 @@ const std::map<std::string, Launch> kLaunchers = {
     {"row_gradient", launcher(usaf::cpu::row_gradient)},
     {"row_importance", launcher(usaf::cpu::row_importance)},
     {"masked_adam", launcher(usaf::cpu::masked_adam)},
+    {"decode_moments8", launcher(usaf::cpu::decode_moments8)},
+    {"squares_of_rows", launcher(usaf::cpu::squares_of_rows)},
+    {"router_uniform", launcher(usaf::cpu::router_uniform)},
 };
 
 int64_t read_int(std::istream& in) {
