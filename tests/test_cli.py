@@ -94,6 +94,25 @@ def test_bad_flags_of_accumulation_and_memory(place, capsys, flags, message):
     assert not (place / "never").exists()
 
 
+def test_a_host_budget_gives_the_same_run(place, capsys, caplog):
+    """From a store on disk, as from one in memory: loss, evaluation and exported weights."""
+    make_checkpoint(place / "wide", num_experts=64)
+    assert main(["quantize", str(place / "wide"), str(place / "wide_store")]) == 0
+    budget = ("--host-budget", "300KiB")
+    for name, flags in (("in_memory", ()), ("from_disk", budget)):
+        arguments = train_arguments(place, name, *flags)
+        arguments[arguments.index("--model") + 1] = str(place / "wide_store")
+        with caplog.at_level("INFO", "usaf_ext.memory"):
+            assert main(arguments) == 0
+        assert ("of experts on disk" in caplog.text) == bool(flags)
+        assert main(["export", str(place / name), str(place / f"{name}_plain"), *flags]) == 0
+    capsys.readouterr()
+    losses = {evaluated(place, place / "in_memory", capsys, *flags) for flags in ((), budget)}
+    assert len(losses | {evaluated(place, place / "from_disk", capsys, *budget)}) == 1
+    files = [(place / f"{name}_plain" / "model.safetensors").read_bytes() for name in ("in_memory", "from_disk")]
+    assert files[0] == files[1]
+
+
 def test_train_lowers_the_loss_and_export_keeps_it(place, capsys):
     before = evaluated(place, place / "store", capsys)
     after = evaluated(place, place / "run", capsys)
@@ -231,6 +250,9 @@ BAD = {
     "a budget in words": ["--device-budget", "much"],
     "a budget of 0": ["--device-budget", "0"],
     "too small a budget": ["--device-budget", "4KiB"],
+    "a host budget in words": ["--host-budget", "much"],
+    "a host budget of 0": ["--host-budget", "0"],
+    "too small a host budget": ["--host-budget", "16KiB"],
     "router": ["--router", "dense"],
     "learning rate": ["--learning-rate", "-1"],
     "router warm-up with a frozen router": ["--router-warmup-steps", "2"],

@@ -54,7 +54,7 @@ def load(path, num_buffers=None, **arguments):
     if num_buffers is not None:
         arguments["host_budget"] = budget_for(ExpertStore.open(path, tier="disk"), num_buffers)
     return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, quantization_config=UsafConfig(device_budget="256KiB", **arguments)
+        path, dtype=torch.float32, quantization_config=UsafConfig(**{"device_budget": "256KiB", **arguments})
     )
 
 
@@ -169,7 +169,7 @@ def test_training_gives_the_same_bits_from_disk(stores, tmp_path, num_buffers):
 def test_half_the_store_in_buffers_saves_reads(stores):
     read = {}
     for num_buffers in (8, EXPERTS):
-        model = load(stores / "store", num_buffers)
+        model = load(stores / "store", num_buffers, device_budget="64KiB")
         for _ in range(2):
             expert_memory(model).reset_stats()
             model(input_ids=tokens(16), labels=tokens(16)).loss.backward()
