@@ -51,6 +51,8 @@ def test_rows_are_the_stores_and_masters_the_originals(tiny_checkpoint, format, 
             bank.neuron_expert,
             bank.neuron_index,
             bank.expert_hit,
+            bank.grad_squares,
+            bank.positions,
         )
     )
 

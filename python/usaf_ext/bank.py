@@ -181,7 +181,9 @@ class RowBank:
             intermediate_size=store.intermediate_size,
             neuron_expert=neurons[0],
             neuron_index=neurons[1],
-            **rows,
+            codes=rows["codes"],
+            absmax=rows["absmax"],
+            master=rows.get("master"),
             **options,
         )
 
@@ -205,13 +207,15 @@ class RowBank:
             intermediate_size=self.intermediate_size,
             neuron_expert=neuron_expert,
             neuron_index=neuron_index,
+            codes=rows["codes"],
+            absmax=rows["absmax"],
+            master=rows.get("master"),
             device=self.device,
             trainable=trainable,
             rounding=self.rounding,
             grad_dtype=self.grad_dtype,
             placement=self.placement,
             grad_buffer=grad_buffer,
-            **rows,
         )
 
     @property

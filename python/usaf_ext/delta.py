@@ -138,6 +138,8 @@ def read_delta(path: str | Path) -> Delta:
     header, tensors = read_checked(Path(path), DELTA_KIND, DELTA_FORMAT_VERSION)
     try:
         mode = header["mode"]
+        if mode not in _ROWS_OF_MODE:
+            raise StoreError(f"{path}: mode {mode!r} is unknown to this usaf_ext")
         rows = _ROWS_OF_MODE[mode]
         banks = {layer: {name: tensors[f"{layer}.{name}"] for name in rows} for layer in header["layers"]}
         frozen = {
@@ -192,6 +194,7 @@ def apply_delta(model: nn.Module, delta: Delta, *, trainable: bool = True, **opt
 def _bank_of(layer: PagedLayer, delta: Delta, rows: dict[str, torch.Tensor] | None, **options: Any) -> RowBank | None:
     if rows is None:
         return None
+    own: dict[str, Any] = {name: tensor.clone() for name, tensor in rows.items()}
     try:
         return RowBank(
             layer=layer.index,
@@ -201,7 +204,7 @@ def _bank_of(layer: PagedLayer, delta: Delta, rows: dict[str, torch.Tensor] | No
             hidden_size=layer.hidden_size,
             intermediate_size=layer.intermediate_size,
             device=layer.anchor.device,
-            **{name: tensor.clone() for name, tensor in rows.items()},
+            **own,
             **options,
         )
     except (TypeError, ValueError) as error:

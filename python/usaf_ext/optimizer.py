@@ -45,10 +45,12 @@ class MaskedAdam(torch.optim.Optimizer):
     """AdamW on the selected expert rows (fp32 moments, a step count per row) and on the trained routers.
 
     Parameter groups: "experts" holds the anchors of the layers with a bank, "router" the fp32 router weights (absent
-    when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first
-    step where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once. torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's
-    gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and
-    so does a ratio that is 1 but for rounding).
+    when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first step
+    where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once.
+
+    torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's gradient, and
+    what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and so does a ratio
+    that is 1 but for rounding).
 
     Rows of experts without tokens since the last step keep every bit. If any gradient is not finite, the whole step is
     skipped and no bit changes. `step` clears bank gradients and anchor gradients; router gradients are left to
@@ -382,4 +384,5 @@ class MaskedAdam(torch.optim.Optimizer):
                     )
         of_routers = {n: entry for n, entry in state_dict["state"].items() if params[n] not in rows}
         super().load_state_dict({**state_dict, "state": of_routers})
-        self.state.update(rows)  # torch's own loading would cast them to the anchor's dtype and device
+        for anchor, entry in rows.items():  # torch's own loading would cast them to the anchor's dtype and device
+            self.state[anchor] = entry

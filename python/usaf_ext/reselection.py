@@ -155,7 +155,9 @@ def reselect(
     optimizer.replace_banks(
         (layer, _exchanged(layer, exchange, new_rows, some_bank, buffer))
         for layer, exchange, new_rows in zip(layers, exchanges, fresh)
-        if len(exchange.dropped) or len(exchange.grown) or (layer.bank is not None and layer.bank.grad_buffer is not buffer)
+        if len(exchange.dropped)
+        or len(exchange.grown)
+        or (layer.bank is not None and layer.bank.grad_buffer is not buffer)
     )
     result = Reselection(
         dropped=sum(len(exchange.dropped) for exchange in exchanges),
