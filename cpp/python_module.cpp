@@ -5,6 +5,8 @@
 #include <array>
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "enum_names.h"
 #include "errors.h"
@@ -86,6 +88,34 @@ void bind_store(py::module_& m) {
   py::class_<ExpertStore, std::shared_ptr<ExpertStore>>(m, "ExpertStore")
       .def(py::init<int64_t, int64_t, const PageLayout&>(), py::arg("num_layers"), py::arg("num_experts"),
            py::arg("layout"))
+      .def_static(
+          "from_files",
+          [](int64_t num_layers, int64_t num_experts, const PageLayout& layout,
+             const std::vector<std::pair<std::string, int64_t>>& files,
+             const std::vector<std::pair<int64_t, int64_t>>& places) {
+            std::vector<PageFile> page_files;
+            for (const auto& [path, bytes] : files) page_files.push_back({path, bytes});
+            std::vector<PagePlace> page_places;
+            for (const auto& [file, offset] : places) page_places.push_back({file, offset});
+            auto opened = std::make_unique<PageFiles>(std::move(page_files), std::move(page_places), layout.page_bytes);
+            return std::make_shared<ExpertStore>(num_layers, num_experts, layout, std::move(opened));
+          },
+          py::arg("num_layers"), py::arg("num_experts"), py::arg("layout"), py::arg("files"), py::arg("places"))
+      .def(
+          "read_page",
+          [](const ExpertStore& self, int64_t layer, int64_t expert, const py::buffer& target) {
+            const py::buffer_info info = target.request(true);
+            if (info.size * info.itemsize != self.layout().page_bytes || info.ndim != 1 ||
+                reinterpret_cast<Address>(info.ptr) % kPageAlign != 0) {
+              throw std::invalid_argument("buffer: expected " + std::to_string(self.layout().page_bytes) +
+                                          " bytes aligned to " + std::to_string(kPageAlign));
+            }
+            py::gil_scoped_release no_gil;
+            self.read_page(layer, expert, static_cast<uint8_t*>(info.ptr));
+          },
+          py::arg("layer"), py::arg("expert"), py::arg("buffer"))
+      .def_property_readonly("on_disk", &ExpertStore::on_disk)
+      .def_property_readonly("direct", [](const ExpertStore& self) { return self.on_disk() && self.files()->direct(); })
       .def(
           "page",
           [](ExpertStore& self, int64_t layer, int64_t expert) {
@@ -107,15 +137,18 @@ py::dict stats_dict(const PagerStats& stats) {
   result["page_misses"] = stats.page_misses;
   result["bytes_in"] = stats.bytes_in;
   result["bytes_out"] = stats.bytes_out;
+  result["bytes_read"] = stats.bytes_read;
   result["stall_seconds"] = stats.stall_seconds;
+  result["read_stall_seconds"] = stats.read_stall_seconds;
   return result;
 }
 
 void bind_pager(py::module_& m) {
   py::class_<ExpertPager, std::shared_ptr<ExpertPager>>(m, "ExpertPager")
-      .def(py::init([](std::shared_ptr<ExpertStore> store, Address slab, int64_t num_slots, py::object owner) {
-             auto pager =
-                 std::make_unique<ExpertPager>(make_cpu_device(), std::move(store), pointer<void>(slab), num_slots);
+      .def(py::init([](std::shared_ptr<ExpertStore> store, Address slab, int64_t num_slots, py::object owner,
+                       int64_t num_buffers) {
+             auto pager = std::make_unique<ExpertPager>(make_cpu_device(), std::move(store), pointer<void>(slab),
+                                                        num_slots, num_buffers);
              // The slab's owner outlives the pager and so every copy in flight, whoever holds the pager last.
              return std::shared_ptr<ExpertPager>(pager.release(),
                                                  [owner = std::move(owner)](ExpertPager* last) mutable {
@@ -124,7 +157,8 @@ void bind_pager(py::module_& m) {
                                                    owner = py::none();
                                                  });
            }),
-           py::arg("store"), py::arg("slab"), py::arg("num_slots"), py::arg("owner") = py::none())
+           py::arg("store"), py::arg("slab"), py::arg("num_slots"), py::arg("owner") = py::none(),
+           py::arg("num_buffers") = 0)
       .def_property_readonly("num_slots", &ExpertPager::num_slots)
       .def_property_readonly("max_group", &ExpertPager::max_group)
       .def(
@@ -154,6 +188,8 @@ void bind_pager(py::module_& m) {
           py::arg("ticket"))
       .def("cancel", &ExpertPager::cancel, py::arg("ticket"))
       .def("reset", &ExpertPager::reset, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("num_buffers", &ExpertPager::num_buffers)
+      .def("resize_ring", &ExpertPager::resize_ring, py::arg("num_buffers"), py::call_guard<py::gil_scoped_release>())
       .def("stats", [](const ExpertPager& self) { return stats_dict(self.stats()); })
       .def("reset_stats", &ExpertPager::reset_stats);
 
@@ -201,6 +237,7 @@ void bind_layer(py::module_& m) {
             self.set_threshold(alpha, pointer<const int64_t>(counts));
           },
           py::arg("alpha"), py::arg("counts_ptr"))
+      .def_readonly("num_masked", &ExpertLayer::num_masked)
       .def(
           "set_importance",
           [](ExpertLayer& self, Address address, const std::string& metric) {

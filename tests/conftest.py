@@ -43,3 +43,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_pager(request):
+    """make_pager(num_layers, num_experts, num_slots, kind="cpu", busy_bytes=0, **ring) -> NativePager, closed at the
+    end."""
+    from native_memory import NativeDevice, NativePager
+
+    def make(num_layers, num_experts, num_slots, kind="cpu", busy_bytes=0, **ring):
+        device = NativeDevice(kind, busy_bytes)
+        request.addfinalizer(device.close)
+        pager = NativePager(device, num_layers, num_experts, num_slots, **ring)
+        request.addfinalizer(pager.close)
+        return pager
+
+    return make

@@ -7,6 +7,7 @@ CXX and CXXFLAGS are honoured, so that a sanitizer can be added.
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import functools
 import os
@@ -25,10 +26,19 @@ _SOURCES = (
     "cpp/cpu/device.cpp",
     "cpp/memory/expert_store.cpp",
     "cpp/memory/expert_pager.cpp",
+    "cpp/memory/page_files.cpp",
+    "cpp/memory/page_reader.cpp",
+    "cpp/memory/page_ring.cpp",
+    "cpp/memory/pager_copies.cpp",
+    "cpp/memory/pager_state.cpp",
 )
 _POINTERS = ("create_stream", "create_event", "device_cpu", "device_lazy", "device_troubled", "rig_new")
 _TEXTS = ("last_error_kind", "last_error_text", "device_name")
-_NOTHING = ("device_free", "destroy_stream", "destroy_event", "troubled_refuse", "troubled_fail", "rig_free")
+_NOTHING = (
+    *("device_free", "destroy_stream", "destroy_event", "troubled_refuse", "troubled_fail"),
+    *("rig_free", "rig_unreadable_page", "rig_read_microseconds"),
+)
+READ_FAULTS = ("none", "ignores_copies", "ends_early")
 PHASES = ("inference", "training_forward", "backward")
 
 
@@ -68,7 +78,7 @@ def call(name: str, *arguments):
     result = function(*map(_argument, arguments))
     if (function.restype is ctypes.c_int64 and result == -1) or (name == "rig_new" and result is None):
         kind, text = library.last_error_kind().decode(), library.last_error_text().decode()
-        raise getattr(errors, kind, ValueError)(text)
+        raise getattr(errors, kind, getattr(builtins, kind, ValueError))(text)
     return result
 
 
@@ -91,13 +101,27 @@ class NativeDevice:
 
 
 class NativePager:
-    """The interface of _C.ExpertPager over any device, on a store whose page i holds the number i throughout."""
+    """The interface of _C.ExpertPager over any device, on a store whose page i holds the number i throughout.
 
-    def __init__(self, device: NativeDevice, num_layers: int, num_experts: int, num_slots: int):
+    With `num_buffers` above 0 the pages come through a ring, from a reader with threads, or, on the lazy device, from
+    one that reads only when told to (`lazy_read_some`) or waited for. `fault` (of READ_FAULTS) makes the latter wrong.
+    """
+
+    def __init__(
+        self,
+        device: NativeDevice,
+        num_layers: int,
+        num_experts: int,
+        num_slots: int,
+        num_buffers: int = 0,
+        fault: str = "none",
+    ):
         self.device = device
         self.num_experts = num_experts
         self.num_slots = num_slots
-        self.handle = call("rig_new", device.handle, num_layers, num_experts, num_slots)
+        self.on_disk = num_buffers > 0
+        sizes = (num_layers, num_experts, num_slots, num_buffers)
+        self.handle = call("rig_new", device.handle, *sizes, READ_FAULTS.index(fault))
         self.page_bytes = call("rig_page_bytes", self.handle)
 
     def close(self) -> None:
@@ -130,8 +154,24 @@ class NativePager:
         return list(addresses[: call("pager_pages", self.handle, ticket, addresses)])
 
     def stats(self) -> dict[str, int]:
-        names = ("page_hits", "page_misses", "bytes_in")
+        names = ("page_hits", "page_misses", "bytes_in", *(("bytes_read",) if self.on_disk else ()))
         return {name: call("pager_stat", self.handle, which) for which, name in enumerate(names)}
+
+    @property
+    def num_buffers(self) -> int:
+        return call("pager_num_buffers", self.handle)
+
+    def resize_ring(self, num_buffers: int) -> None:
+        call("pager_resize_ring", self.handle, num_buffers)
+
+    def lazy_read_some(self, count: int, seed: int) -> int:
+        return call("lazy_read_some", self.handle, count, seed)
+
+    def set_unreadable(self, page: int) -> None:
+        call("rig_unreadable_page", self.handle, page)
+
+    def set_read_time(self, microseconds: int) -> None:
+        call("rig_read_microseconds", self.handle, microseconds)
 
     def page_is(self, address: int, number: int) -> bool:
         """Does the slot at `address` hold page `number`, now, as the host sees it?"""

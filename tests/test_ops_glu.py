@@ -8,13 +8,13 @@ import torch
 from torch.library import opcheck
 from usaf_ext import ops
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu_tanh", "swiglu_clamped"]
 SHAPES = [(1, 1), (3, 7), (5, 128), (4, 129), (2, 300), (0, 8), (3, 0)]
 
 
 def tolerance(dtype):
-    return {"rtol": 2e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 4.1e-3, "atol": 1e-6}
+    return {"rtol": {torch.float32: 2e-6, torch.bfloat16: 4.1e-3, torch.float16: 5.1e-4}[dtype], "atol": 1e-6}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@ import torch
 from torch.library import opcheck
 from usaf_ext import ops
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # tokens per expert, hidden_size, intermediate_size
 CASES = [
     ([3], 1, 1),
@@ -79,13 +79,29 @@ def test_group_of_experts_equals_the_whole(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_row_gradient_in_bfloat16_is_rounded_once(dtype):
+    inputs = operands([4, 0, 7], 70, 5, dtype)
+    expert, index = selection(3, 5)
+    grad = torch.randn(len(expert), 3, 70).bfloat16()
+    sums = torch.zeros(len(expert), 3, 70)
+    ops.row_gradient_(sums, *inputs, expert, index)
+    expected = (grad.float() + sums).bfloat16()
+    ops.row_gradient_(grad, *inputs, expert, index)
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["gradient", "gradient_weight"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_row_importance(case, dtype):
-    tokens, _, intermediate_size = case
+def test_row_importance(case, dtype, weighted):
+    tokens, hidden_size, intermediate_size = case
     inputs = operands(*case, dtype)
     importance = torch.rand(len(tokens), intermediate_size)
-    expected = importance.double() + all_gradients(*inputs).square().sum((2, 3))
-    ops.row_importance_(importance, *inputs)
+    weights = torch.randn(len(tokens), 3, intermediate_size, hidden_size).to(dtype) if weighted else None
+    gradients = all_gradients(*inputs)
+    terms = gradients.square() if weights is None else (gradients * weights.double().transpose(1, 2)).abs()
+    expected = importance.double() + terms.sum((2, 3))
+    ops.row_importance_(importance, *inputs, weights)
     torch.testing.assert_close(importance.double(), expected, rtol=2e-5, atol=1e-5)
 
 
@@ -163,6 +179,15 @@ def test_bad_arguments():
     ]:
         with pytest.raises(error, match="importance"):
             ops.row_importance_(value, *inputs)
+    for error, value in [
+        (TypeError, torch.zeros(2, 3, 5, 10).double()),
+        (TypeError, 1.0),
+        (ValueError, torch.zeros(2, 5, 3, 10)),
+    ]:
+        importance = torch.zeros(2, 5)
+        with pytest.raises(error, match="weights"):
+            ops.row_importance_(importance, *inputs, value)
+        assert not importance.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,6 +196,7 @@ def test_opcheck(dtype):
     expert, index = torch.tensor([0, 1]).int(), torch.tensor([4, 0]).int()
     opcheck(torch.ops.usaf.row_gradient_.default, (torch.zeros(2, 3, 10), *inputs, expert, index, 0))
     opcheck(torch.ops.usaf.row_importance_.default, (torch.zeros(2, 5), *inputs))
+    opcheck(torch.ops.usaf.row_importance_.default, (torch.zeros(2, 5), *inputs, torch.zeros(2, 3, 5, 10).to(dtype)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,54 +6,14 @@ import random
 
 import pytest
 import torch
-from native_memory import PHASES, NativeDevice, NativePager
+from pager_use import misses_of, random_use, sweep
 from usaf_ext import _C
 from usaf_ext.errors import BudgetError, DeviceError, StoreError
-
-
-@pytest.fixture
-def make_pager(request):
-    """make_pager(num_layers, num_experts, num_slots, kind="cpu", busy_bytes=0) -> NativePager, closed at the end."""
-
-    def make(num_layers, num_experts, num_slots, kind="cpu", busy_bytes=0):
-        device = NativeDevice(kind, busy_bytes)
-        request.addfinalizer(device.close)
-        pager = NativePager(device, num_layers, num_experts, num_slots)
-        request.addfinalizer(pager.close)
-        return pager
-
-    return make
-
 
 # ---- how much a step copies ----
 
 LAYERS, EXPERTS = 4, 6
 PAGES = LAYERS * EXPERTS
-
-
-def sweep(pager, layers, phase, look_ahead, experts=EXPERTS):
-    """Use every expert of `layers`, in order, as the expert layer does."""
-    everything = list(range(experts))
-    tickets = pager.prefetch(layers[0], everything, phase)
-    for i in range(len(layers)):
-        ahead = []
-        if look_ahead and i + 1 < len(layers):
-            ahead = pager.prefetch(layers[i + 1], everything, phase)
-        for ticket in tickets:
-            pager.wait(ticket)
-            pager.release(ticket)
-        if not look_ahead and i + 1 < len(layers):
-            ahead = pager.prefetch(layers[i + 1], everything, phase)
-        tickets = ahead
-
-
-def misses_of(pager, work) -> int:
-    before = pager.stats()
-    work()
-    after = pager.stats()
-    misses = after["page_misses"] - before["page_misses"]
-    assert after["bytes_in"] - before["bytes_in"] == misses * pager.page_bytes
-    return misses
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])
@@ -253,13 +213,16 @@ def test_the_extension_pages_a_store():
 # ---- failures ----
 
 
-def test_a_refused_copy_leaves_no_ticket_behind(make_pager):
+def test_a_refused_copy_is_an_error_of_the_wait_and_is_done_again(make_pager):
     pager = make_pager(1, 6, 4, "troubled")
-    (before,) = pager.prefetch(0, [5], "inference")
     pager.device.troubled_refuse(1)
-    with pytest.raises(DeviceError, match="copy refused"):
-        pager.prefetch(0, [0, 1, 2], "inference")
-    pager.cancel(before)
+    first, second = pager.prefetch(0, [0, 1, 2, 3], "inference")
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="copy refused"):
+            pager.wait(first)
+    pager.wait(second)
+    pager.cancel(first)
+    pager.release(second)
     for ticket in pager.prefetch(0, [1, 2, 3, 4], "inference"):  # all slots are free
         pager.wait(ticket)
         assert all(pager.page_is(page, i) for page, i in zip(pager.pages(ticket), pager.experts_of(ticket)))
@@ -284,19 +247,6 @@ def test_a_failed_copy_is_an_error_of_the_wait_and_is_done_again(make_pager):
 # ---- anything, in any order ----
 
 
-class Model:
-    """What the pager must do, without its slots: which tickets live, and which waits can succeed."""
-
-    def __init__(self, num_slots: int):
-        self.num_slots = num_slots
-        self.live: dict[int, list[int]] = {}  # ticket -> page numbers
-        self.waited: dict[int, list[int]] = {}  # ticket -> addresses
-
-    def can_wait(self, ticket: int) -> bool:
-        needed = {page for other, pages in self.live.items() if other <= ticket for page in pages}
-        return len(needed) <= self.num_slots
-
-
 @pytest.mark.parametrize("kind", ["cpu", "slow", "lazy", "never early"])
 @pytest.mark.parametrize("num_slots", [2, 3, 5, 8, 13])
 def test_random_use(make_pager, kind, num_slots):
@@ -308,65 +258,4 @@ def test_random_use(make_pager, kind, num_slots):
         pager = make_pager(num_layers, num_experts, num_slots, *device)
         # Kernels run on either of two streams, so that slots change hands between them.
         streams = [pager.device.create_stream() for _ in range(2)] if lazy else [None]
-        random_use(pager, Model(num_slots), draw, num_layers, streams, 250 if kind == "slow" else 500, kind)
-
-
-def random_use(pager, model, draw, num_layers, streams, num_actions, kind):
-    stream_of: dict[int, int | None] = {}
-    asked = 0
-
-    def check(ticket):
-        for address, page in zip(model.waited[ticket], model.live[ticket]):
-            if streams[0] is None:
-                assert pager.page_is(address, page), f"ticket {ticket}: page {page} is not in its slot"
-            else:
-                pager.launch_check(stream_of[ticket], address, page)
-
-    for _ in range(num_actions):
-        action = draw.choice(["prefetch", "wait", "wait", "wait", "release", "release", "cancel", "check"])
-        if action == "prefetch" and len(model.live) < 8:
-            layer = draw.randrange(num_layers)
-            experts = sorted(draw.sample(range(pager.num_experts), draw.randint(0, pager.num_experts)))
-            for ticket in pager.prefetch(layer, experts, draw.choice(PHASES)):
-                model.live[ticket] = [layer * pager.num_experts + e for e in pager.experts_of(ticket)]
-                asked += len(model.live[ticket])
-        elif action == "wait" and (open_ := [t for t in model.live if t not in model.waited]):
-            ticket = open_[0] if draw.random() < 0.8 else draw.choice(open_)
-            stream_of[ticket] = draw.choice(streams)
-            if model.can_wait(ticket):
-                pager.wait(ticket, stream_of[ticket])
-                model.waited[ticket] = pager.pages(ticket)
-                check(ticket)
-            else:
-                with pytest.raises(ValueError, match="first release or cancel"):
-                    pager.wait(ticket, stream_of[ticket])
-        elif action == "release" and model.waited:
-            ticket = draw.choice(list(model.waited))
-            check(ticket)
-            pager.release(ticket, stream_of[ticket])
-            del model.waited[ticket], model.live[ticket]
-        elif action == "cancel" and model.live and draw.random() < 0.3:
-            ticket = draw.choice(list(model.live))
-            pager.cancel(ticket)
-            model.waited.pop(ticket, None)
-            del model.live[ticket]
-        elif action == "check":
-            for ticket in model.waited:
-                check(ticket)
-            if draw.random() < 0.02:
-                pager.reset()
-                model.live.clear()
-                model.waited.clear()
-        held = [address for ticket in model.waited for address in model.waited[ticket]]
-        pages = [page for ticket in model.waited for page in model.live[ticket]]
-        assert len(set(zip(held, pages))) == len(set(held)) == len(set(pages))  # a slot a page, a page a slot
-        if kind == "lazy":
-            pager.device.lazy_run_some(draw.choice([0, 0, 1, 3, 20]), draw.getrandbits(32))
-    stats = pager.stats()
-    assert stats["page_hits"] + stats["page_misses"] <= asked
-    assert stats["bytes_in"] == stats["page_misses"] * pager.page_bytes
-    assert stats["page_misses"] > model.num_slots
-    if streams[0] is not None:
-        pager.device.lazy_run_some(1 << 40, draw.getrandbits(32))
-        assert pager.device.lazy_num_queued() == 0  # no stream waits for what never comes
-        assert pager.wrong_pages() == 0
+        assert random_use(pager, draw, num_layers, streams, 250 if kind == "slow" else 500, kind) == 0

@@ -287,7 +287,7 @@ def test_the_studys_loop_does_what_train_does(short, monkeypatch):
     monkeypatch.setattr(runs, "add_lora", lambda model, rank: [torch.nn.Parameter(torch.zeros(1))])
     ours = short("lora_r8_and_neurons", {"learning_rate": 0.02, "lora_learning_rate": 0.0})
     assert ours["loss"] == theirs["loss"]
-    assert ours["loss"]["new_after"] < ours["loss"]["new_before"] - 0.1
+    assert ours["loss"]["new_after"] < ours["loss"]["new_before"] - 0.02
     for part in ("codes", "scales", "master", "moments", "gradient"):
         assert ours["state_bytes"][part] == pytest.approx(theirs["state_bytes"][part], abs=16)  # the one dummy weight
 
@@ -327,7 +327,18 @@ def test_blocks_that_were_not_chosen_keep_their_bits(data):
         assert bool((scores[~mask] <= chosen[-1]).all())
     before = {layer: (layer.bank.master.clone(), layer.bank.codes.clone()) for layer in unit.masks}
     optimizer = runs.MaskedAdam(model, lr=0.02)
-    runs.fit(model, data.train, config, [optimizer], unit.mask_gradients)
+
+    def mask_and_look() -> None:
+        unit.mask_gradients()
+        for layer, mask in unit.masks.items():
+            kept = layer.bank.grad.unflatten(-1, (-1, 64))
+            assert not bool(kept[~mask].any())
+            norm = float(kept[mask].double().norm())
+            assert norm > 0
+            assert float(layer.anchor.grad) == pytest.approx(norm, rel=1e-6)
+            assert float(layer.bank.grad_squares.sum()) == pytest.approx(norm**2, rel=1e-6)
+
+    runs.fit(model, data.train, config, [optimizer], mask_and_look)
     unit.check_untrained(optimizer)
     for layer, mask in unit.masks.items():
         master, codes = before[layer]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-import oracles
+import codec_oracles
 import pytest
 import torch
 from random_stores import pages, random_expert, random_store
@@ -13,7 +13,7 @@ from usaf_ext import _C
 from usaf_ext.errors import StoreError
 from usaf_ext.store import ExpertStore
 
-FORMATS = ("nf4", "bf16")
+FORMATS = codec_oracles.FORMATS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -27,13 +27,8 @@ def test_a_page_holds_the_encoded_expert(format, hidden_size, intermediate_size,
     page, layout, end = bytes(store.native.page(1, 0)), store.layout, 0
     decoded, parts = [], []
     for matrix, weight in enumerate(rows):
-        if format == "nf4":
-            code, absmax = oracles.encode_nf4(weight)
-            codes = oracles.pack_nf4(code)
-            decoded.append(oracles.decode_nf4(codes, absmax, hidden_size).float())
-        else:
-            codes, absmax = oracles.pack_bf16(weight), torch.empty(0)
-            decoded.append(weight.bfloat16().float())
+        codes, absmax = codec_oracles.encode(weight, format)
+        decoded.append(codec_oracles.decode(codes, absmax, hidden_size, format))
         parts.append((layout.codes_offset[matrix], codes.contiguous().numpy().tobytes()))
         parts.append((layout.absmax_offset[matrix], absmax.contiguous().numpy().tobytes()))
     assert layout.absmax_offset[0] % 64 == 0
@@ -68,7 +63,7 @@ def test_rows_are_the_neurons(format):
         for i, neuron in enumerate(neurons):
             for matrix, row in enumerate((gate[neuron], up[neuron], down[:, neuron])):
                 part = codes[i, matrix : matrix + 1], absmax[i, matrix : matrix + 1]
-                got = oracles.decode_nf4(*part, 72) if format == "nf4" else oracles.unpack_bf16(part[0], 72)
+                got = codec_oracles.decode(*part, 72, format)
                 assert torch.equal(got.float()[0], row)
         codes.fill_(0)
         assert torch.equal(store.read_expert(1, 2)[0], gate)  # a copy

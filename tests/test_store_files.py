@@ -15,12 +15,12 @@ from random_stores import pages, random_store
 from safetensors import safe_open
 from tiny_models import LAYOUTS, all_tensors, make_checkpoint
 from transformers import AutoConfig, AutoTokenizer
-from usaf_ext import store_files
+from usaf_ext import _C, store_files
 from usaf_ext.checkpoint_source import ModelSource
 from usaf_ext.errors import StoreError
 from usaf_ext.store import ExpertStore, is_store
 
-FORMATS = ("nf4", "bf16")
+FORMATS = _C.FORMATS
 
 
 @pytest.fixture(scope="module")

@@ -98,12 +98,16 @@ class BlockUnit:
         return self.num_blocks * BLOCK
 
     def mask_gradients(self) -> None:
-        """Before clipping: zero the gradients of the other blocks, and let the anchors say the norm of what is left."""
+        """Before clipping: zero the gradients of the other blocks. The bank's sums of squares, and the anchor's norm
+        that clipping sees, are then of what is left."""
         for layer, mask in self.masks.items():
-            gradient = _blocks(layer.bank.grad)
+            bank = layer.bank
+            gradient = _blocks(bank.grad)
             gradient.mul_(mask[..., None])
+            squares = gradient.double().square().flatten(1).sum(1)
+            bank.grad_squares.zero_().index_add_(0, bank.neuron_expert.long(), squares)
             if layer.anchor.grad is not None:
-                layer.anchor.grad = torch.linalg.vector_norm(gradient).reshape(layer.anchor.shape)
+                layer.anchor.grad.fill_(float(squares.sum().sqrt()))
 
     def check_untrained(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ValueError if any moment of a block that was not chosen is not zero."""

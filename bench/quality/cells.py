@@ -137,7 +137,7 @@ CELLS: tuple[Cell, ...] = (
             f"router_{router}",
             router,
             0.001,
-            config={**_NEURONS, "router": router},
+            config={**_NEURONS, "router": router, "aux_loss_coef": 0.001},
             tuned=("router_learning_rate",),
             inherited={"learning_rate": BASE},
         )
@@ -161,7 +161,7 @@ CELLS: tuple[Cell, ...] = (
         )
         for rank in (8, 32)
     ),
-    Cell("full", "all expert weights, fp32, nothing quantised", 0.002, kind="full", format=None),
+    Cell("full", "all expert weights, fp32, nothing quantised", 0.004, kind="full", format=None),
 )  # fmt: skip
 
 QUESTIONS: tuple[Question, ...] = (

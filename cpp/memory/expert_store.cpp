@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../errors.h"
 
@@ -40,18 +41,44 @@ ExpertStore::ExpertStore(int64_t num_layers, int64_t num_experts, const PageLayo
   base_ = static_cast<uint8_t*>(mapping);
 }
 
-ExpertStore::~ExpertStore() {
-  if (registered_) registered_->unregister_host(base_);
-  munmap(base_, static_cast<size_t>(bytes()));
+ExpertStore::ExpertStore(int64_t num_layers, int64_t num_experts, const PageLayout& layout,
+                         std::unique_ptr<PageFiles> files)
+    : num_layers_(num_layers), num_experts_(num_experts), layout_(layout), files_(std::move(files)), sealed_(true) {
+  total_bytes(num_layers, num_experts, layout);
+  if (files_->num_pages() != num_layers * num_experts) {
+    throw std::invalid_argument("ExpertStore: expected files with " + std::to_string(num_layers * num_experts) +
+                                " pages, they have " + std::to_string(files_->num_pages()));
+  }
 }
 
-const uint8_t* ExpertStore::page(int64_t layer, int64_t expert) const {
+ExpertStore::~ExpertStore() {
+  if (registered_) registered_->unregister_host(base_);
+  if (base_) munmap(base_, static_cast<size_t>(bytes()));
+}
+
+int64_t ExpertStore::page_number(int64_t layer, int64_t expert) const {
   if (layer < 0 || layer >= num_layers_ || expert < 0 || expert >= num_experts_) {
     throw StoreError("no page for layer " + std::to_string(layer) + ", expert " + std::to_string(expert) +
                      ": the store has " + std::to_string(num_layers_) + " layers of " + std::to_string(num_experts_) +
                      " experts");
   }
-  return base_ + (layer * num_experts_ + expert) * layout_.page_bytes;
+  return layer * num_experts_ + expert;
+}
+
+const uint8_t* ExpertStore::page(int64_t layer, int64_t expert) const {
+  const int64_t number = page_number(layer, expert);
+  if (on_disk()) throw StoreError("the store is on disk: its pages have no place in memory");
+  return base_ + number * layout_.page_bytes;
+}
+
+void ExpertStore::read_page(int64_t layer, int64_t expert, uint8_t* buffer) const {
+  const int64_t number = page_number(layer, expert);
+  if (!on_disk()) throw StoreError("the store is in memory: its pages need no reading");
+  try {
+    files_->read(number, buffer);
+  } catch (const StoreError& error) {
+    throw StoreError("layer " + std::to_string(layer) + ", expert " + std::to_string(expert) + ": " + error.what());
+  }
 }
 
 uint8_t* ExpertStore::writable_page(int64_t layer, int64_t expert) {
@@ -69,6 +96,7 @@ void ExpertStore::seal() {
 }
 
 void ExpertStore::register_with(std::shared_ptr<Device> device) {
+  if (on_disk()) throw StoreError("the store is on disk: there is no memory to register");
   if (registered_) throw StoreError("the store is already registered with a device");
   device->register_host(base_, static_cast<size_t>(bytes()));
   registered_ = std::move(device);

@@ -1,20 +1,26 @@
-// The host side of the experts: one page per (layer, expert) in our own mapping, filled once, then read-only.
+// The host side of the experts: one page per (layer, expert), in one of two tiers.
 //
-// The mapping is anonymous and page-aligned (not torch's: its pinned allocator rounds up to a power of two; not a
-// mapped file: a truncated one would be a SIGBUS). Reading and writing files is Python's (usaf_ext/store.py).
+// Memory: in our own mapping, filled once, then read-only. The mapping is anonymous and page-aligned (not torch's: its
+// pinned allocator rounds up to a power of two; not a mapped file: a truncated one would be a SIGBUS).
+// Disk: in the store's files, read a page at a time (page_files.h).
+// Writing files, and reading what stands around the pages, is Python's (usaf_ext/store.py).
 #pragma once
 #include <cstdint>
 #include <memory>
 
 #include "../device_api.h"
+#include "page_files.h"
 #include "page_layout.h"
 
 namespace usaf {
 
 class ExpertStore {
  public:
-  // Throws std::invalid_argument for sizes below 1, StoreError when the memory cannot be mapped.
+  // In memory, to be filled. Throws std::invalid_argument for sizes below 1, StoreError when it cannot be mapped.
   ExpertStore(int64_t num_layers, int64_t num_experts, const PageLayout& layout);
+  // On disk, sealed: `files` has the pages in the order of (layer, expert). Throws std::invalid_argument for sizes
+  // below 1 and for another number of pages.
+  ExpertStore(int64_t num_layers, int64_t num_experts, const PageLayout& layout, std::unique_ptr<PageFiles> files);
   ~ExpertStore();
   ExpertStore(const ExpertStore&) = delete;
   ExpertStore& operator=(const ExpertStore&) = delete;
@@ -24,18 +30,28 @@ class ExpertStore {
   const PageLayout& layout() const { return layout_; }
   int64_t bytes() const { return num_layers_ * num_experts_ * layout_.page_bytes; }
 
-  const uint8_t* page(int64_t layer, int64_t expert) const;  // StoreError when out of range
+  bool on_disk() const { return files_ != nullptr; }
+  const PageFiles* files() const { return files_.get(); }  // null in memory
+
+  const uint8_t* page(int64_t layer, int64_t expert) const;  // StoreError when out of range, or on disk
   uint8_t* writable_page(int64_t layer, int64_t expert);     // StoreError once sealed
   void seal();                                               // from now on read-only (mprotect): a stray write faults
   bool sealed() const { return sealed_; }
+
+  // Read a page of a store on disk to `buffer`: page_bytes of room, aligned to kPageAlign. From any thread. Throws
+  // StoreError naming file and page when it cannot be read.
+  void read_page(int64_t layer, int64_t expert, uint8_t* buffer) const;
 
   // Register the mapping with a device for asynchronous copies (a no-op on the CPU); undone in the destructor.
   void register_with(std::shared_ptr<Device> device);
 
  private:
+  int64_t page_number(int64_t layer, int64_t expert) const;  // StoreError when out of range
+
   int64_t num_layers_, num_experts_;
   PageLayout layout_;
-  uint8_t* base_ = nullptr;
+  std::unique_ptr<PageFiles> files_;
+  uint8_t* base_ = nullptr;  // null on disk
   bool sealed_ = false;
   std::shared_ptr<Device> registered_;
 };

@@ -43,6 +43,25 @@ struct UseOrder {
     return std::max<int64_t>(layers, 0) * num_experts + expert;
   }
 
+  // Does the sweep at `here` still come to (layer, expert)?
+  bool is_ahead(const Position& here, int64_t layer, int64_t expert) const {
+    if (layer == here.layer) return expert > here.expert;
+    return here.phase == Phase::backward ? layer < here.layer : layer > here.layer;
+  }
+
+  static Phase phase_after(Phase phase) {
+    if (phase == Phase::inference) return phase;
+    return phase == Phase::backward ? Phase::training_forward : Phase::backward;
+  }
+
+  // At most so many other pages are used between a page of `layer` being used in a sweep of `phase` and its use in the
+  // next sweep.
+  int64_t pages_until_reused(Phase phase, int64_t layer) const {
+    if (phase == Phase::inference) return num_layers * num_experts - 1;
+    const int64_t layers_beyond = phase == Phase::backward ? layer : num_layers - 1 - layer;
+    return (layers_beyond + 1) * num_experts - 1;
+  }
+
  private:
   // Layers to go to the end of this sweep and, in the next one, to `layer`.
   int64_t layers_until_turned(const Position& here, int64_t layer) const {

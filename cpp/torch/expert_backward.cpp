@@ -88,7 +88,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> experts_backward_ma
       const ExpertActivations activations =
           backward.run(batches[i], expert, w_gate_up, w_down, grad_x[i], grad_weights[i]);
       accumulate_importance(layer, expert, activations, decoder.decoded());
-      if (layer.under_threshold(expert, routing.tokens())) continue;
+      if (layer.under_threshold(expert, routing.tokens())) {
+        layer.num_masked += layer.trained_bank() != nullptr;
+        continue;
+      }
       accumulate_row_gradients(layer, expert, activations);
       norm.record(i, expert);
     }

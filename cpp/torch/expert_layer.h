@@ -51,6 +51,8 @@ class ExpertLayer {
   // Where every later backward adds the neurons' importance: [num_experts, intermediate_size], or null.
   float* importance = nullptr;
   ImportanceMetric importance_metric = ImportanceMetric::gradient;
+  // How often so far an expert with tokens in a micro-batch was under the threshold and its bank got no gradient.
+  int64_t num_masked = 0;
   // Tokens per expert of the latest forward: [num_experts], on the host, or null.
   int32_t* token_counts = nullptr;
 

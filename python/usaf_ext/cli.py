@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from . import _C, __version__
 from .errors import UsafError
 from .sizes import parse_size
+from .train_flags import add_train_flags
 
 _USER_ERRORS = (UsafError, ValueError, TypeError, OSError)
 
@@ -34,30 +35,6 @@ def _positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
-
-
-def _density(text: str) -> float:
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a fraction in (0, 1] or a percentage such as 0.5%, got {text!r}")
-    return value
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return value
 
 
@@ -106,19 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data", required=True, nargs="+", metavar="FILE", help=".txt or .jsonl (text or messages)")
     train.add_argument("--eval-data", nargs="+", metavar="FILE", help="held-out files, evaluated before and after")
     train.add_argument("--out", required=True, metavar="DIR", help="run folder: checkpoints, log.jsonl, plots")
-    train.add_argument("--steps", type=_positive, default=200, help="optimiser steps (default: 200)")
-    train.add_argument("--density", type=_density, default=0.005, help="share of neurons to train (default: 0.5%%)")
-    train.add_argument("--router", choices=("frozen", "topk"), default="frozen", help="default: frozen")
-    train.add_argument("--learning-rate", type=_rate, default=1e-3, help="of the expert rows (default: 1e-3)")
-    train.add_argument("--router-learning-rate", type=_rate, default=1e-4, help="default: 1e-4")
-    train.add_argument("--router-warmup-steps", type=_count, default=0, help="steps that train the router alone first")
-    train.add_argument("--batch-size", type=_positive, default=8, help="sequences a micro-batch (default: 8)")
-    train.add_argument("--seq-len", type=_positive, default=256, help="tokens a sequence (default: 256)")
-    train.add_argument("--gradient-accumulation-steps", type=_positive, default=1, help="default: 1")
-    train.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers in backward")
-    train.add_argument("--mode", choices=("master", "in_place"), default="master", help="default: master")
-    train.add_argument("--checkpoint-every", type=_count, default=0, help="steps between checkpoints (0: at the end)")
-    train.add_argument("--seed", type=int, default=0)
+    add_train_flags(train)
     train.add_argument("--resume", action="store_true", help="continue the run in --out, bit for bit")
 
     evaluate = commands.add_parser("eval", help="mean next-token loss on a text")

@@ -71,24 +71,10 @@ def train(arguments: argparse.Namespace) -> int:
     """Fine-tune chosen neurons; evaluates held-out files, if any, before and after."""
     from .data import PackedDataset
     from .experts import expert_memory
-    from .train_config import TrainConfig
+    from .train_flags import train_config
     from .training import train as run_training
 
-    config = TrainConfig(
-        steps=arguments.steps,
-        batch_size=arguments.batch_size,
-        seq_len=arguments.seq_len,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        learning_rate=arguments.learning_rate,
-        router_learning_rate=arguments.router_learning_rate,
-        density=arguments.density,
-        router=arguments.router,
-        router_warmup_steps=arguments.router_warmup_steps,
-        mode=arguments.mode,
-        checkpoint_every=arguments.checkpoint_every,
-        seed=arguments.seed,
-    )
+    config = train_config(arguments)
     loaded = _load(arguments)
     if loaded.run is not None:
         raise ValueError(f"--model: {arguments.model} is a run; name its base model, and continue it with --resume")
@@ -116,6 +102,8 @@ def train(arguments: argparse.Namespace) -> int:
     )
     for name, losses in result.evaluations.items():
         print(f"{name}: " + ", ".join(f"loss {loss:.4f} at step {step}" for step, loss in losses.items()))
+    for layer in result.collapsed:
+        print(f"MoE layer {layer.layer} is collapsed: {len(layer.dead)} dead experts, {len(layer.swamping)} swamped")
     print("plots: loss.png, expert_load.png; one line a step: log.jsonl")
     return 0
 

@@ -180,6 +180,11 @@ class PagedLayer:
         self.native.set_threshold(alpha, 0 if counts is None else counts.data_ptr())
         self._threshold_counts = counts
 
+    @property
+    def num_masked(self) -> int:
+        """How often so far the threshold left the bank without the gradient of an expert's tokens in a micro-batch."""
+        return self.native.num_masked
+
     def note_route(self, forward: Tensor, recomputed: Tensor) -> None:
         """Compare the top-k index of a forward with that of its recompute, on the device; see `check_routes`."""
         if self._rerouted is None:
@@ -246,9 +251,9 @@ class PagedExperts(nn.Module):
         Args:
             gate, up: [num_experts, intermediate_size, hidden_size], any floating dtype.
             down: [num_experts, hidden_size, intermediate_size].
-            format: "nf4" or "bf16".
+            format: "nf4", "nf4_f16", "int8", "fp8" or "bf16".
             device_budget: see `ExpertMemory`.
-            dtype: compute dtype (torch.float32 or torch.bfloat16); the weights' own by default.
+            dtype: compute dtype (torch.float32, torch.bfloat16 or torch.float16); the weights' own by default.
             activation: "silu" or "gelu_tanh".
 
         Raises:

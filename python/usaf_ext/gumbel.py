@@ -1,27 +1,28 @@
 """Gumbel routing: the trained router explores by noise on its logits, and its gradient is that of the relaxed choice.
 
-Straight-through Gumbel top-k (Jang et al., arXiv 1611.01144; Kool et al., arXiv 1903.06059), with logits z, Gumbel noise
-g and temperature tau, for one token:
+Straight-through Gumbel top-k (Jang et al., arXiv 1611.01144; Kool et al., arXiv 1903.06059), with logits z, Gumbel
+noise g and temperature tau, for one token:
 
     chosen   = top k of (z + g) / tau             a sample of k experts without replacement from softmax(z)
     forward  = the family's own weights of the chosen experts, from z without noise: as in evaluation
     backward = m * softmax over the chosen experts of (z + g) / tau, where m is the sum of the forward weights
 
-so a token is mixed as evaluation would mix it, had it chosen the same experts. m is 1 for a family that renormalises its
-top k; it is held constant in backward, so experts that were not computed get no gradient. At tau = 1 without noise the
-gradient is the family's own, with m held constant.
+so a token is mixed as evaluation would mix it, had it chosen the same experts. m is 1 for a family that renormalises
+its top k; it is held constant in backward, so experts that were not computed get no gradient. At tau = 1 without noise
+the gradient is the family's own, with m held constant.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from . import ops
 from .errors import UsafError
-from .router import _TrainedRouter, find_routers, train_routers
+from .router import find_routers, train_routers
 
 _PROBE_TOKENS = 64
 
@@ -140,17 +141,22 @@ def family_renormalises(name: str, router: nn.Module) -> bool:
     )
 
 
+def check_gumbel(routers: Mapping[str, nn.Module]) -> dict[str, bool]:
+    """`family_renormalises` of each router that has no Gumbel routing yet."""
+    return {
+        name: family_renormalises(name, router)
+        for name, router in routers.items()
+        if not isinstance(router, _GumbelRouter)
+    }
+
+
 def train_gumbel_routers(model: nn.Module, noise: GumbelNoise) -> dict[str, nn.Module]:
     """`train_routers`, with Gumbel routing by `noise` in training mode; in evaluation the routers are the family's.
 
     Doing it again replaces the noise. Raises ValueError as `family_renormalises`, before anything is changed.
     """
     routers = find_routers(model)
-    renormalises = {
-        name: family_renormalises(name, router)
-        for name, router in routers.items()
-        if not isinstance(router, _GumbelRouter)
-    }
+    renormalises = check_gumbel(routers)
     train_routers(model)
     for layer, (name, router) in enumerate(routers.items()):
         router.gumbel_noise, router.gumbel_layer = noise, layer  # type: ignore[assignment]

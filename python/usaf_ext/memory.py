@@ -13,6 +13,8 @@ _MATRICES = 3  # gate, up, down^T of one expert are decoded at a time
 _MIN_SLOTS = 2  # one page computes while the next arrives
 _SLAB_ALIGN = 64
 
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class ExpertMemory:
     """Page slots and decode scratch of one model, and the pager that fills them from an `ExpertStore`.
@@ -22,15 +24,13 @@ class ExpertMemory:
         device_budget: bytes for the slot slab and the decode scratch together (an int, a text such as "12GiB"), or
             "auto": room for every page, but on the CPU, where pages are copies of what is in memory already, for two
             layers' pages.
-        dtype: compute dtype, torch.float32 or torch.bfloat16.
+        dtype: compute dtype, torch.float32, torch.bfloat16 or torch.float16.
 
     Raises:
         BudgetError: the budget is too small; the message names the smallest that works.
     """
 
     def __init__(self, store: ExpertStore, device_budget: int | str = "auto", dtype: torch.dtype = torch.float32):
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         num_slots = self.slots_for(store, device_budget, dtype)
         self.store = store
         self.dtype = dtype
@@ -50,8 +50,8 @@ class ExpertMemory:
             TypeError, ValueError: an unsupported dtype, a budget that is no size.
             BudgetError: the budget is too small.
         """
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+        if dtype not in COMPUTE_DTYPES:
+            raise TypeError(f"dtype: expected one of {COMPUTE_DTYPES}, got {dtype}")
         page_bytes = store.layout.page_bytes
         scratch_bytes = cls._scratch_bytes(store, dtype)
         num_pages = store.num_layers * store.num_experts

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-ROUTER_MODES = ("frozen", "topk")
+ROUTER_MODES = ("frozen", "topk", "gumbel")
 _ROUTER_NAMES = ("gate", "router")  # what families call the sibling of `experts`
 
 
@@ -98,10 +99,13 @@ class RouterRecord:
 
 @contextlib.contextmanager
 def record_routers(routers: Mapping[str, nn.Module]) -> Iterator[RouterRecord]:
-    """Collect the routers' outputs of the forward inside the block (a recompute in backward falls outside it)."""
+    """Collect the routers' outputs of this thread's forward in the block (a recompute in backward falls outside it)."""
     record = RouterRecord([], [])
+    thread = threading.get_ident()
 
     def keep(module, args, output):
+        if threading.get_ident() != thread:  # another micro-batch's
+            return
         record.logits.append(output[0])
         record.index.append(output[2])
 

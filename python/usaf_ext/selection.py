@@ -1,9 +1,9 @@
-"""Which neurons to train: gradient importance over a few batches, then the top fraction."""
+"""Which neurons to train: the most important ones by a few batches' gradients, a sample by importance, or any."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .bank import RowBank
-from .experts import paged_layers
+from .experts import IMPORTANCE_METRICS, paged_layers
 from .loss import causal_lm_loss
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SELECTION_SCOPES = ("model", "layer")
+SELECTION_METRICS = (*IMPORTANCE_METRICS, "random")
+SELECTION_SAMPLINGS = ("top", "proportional")
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,27 @@ class Selection:
 
 
 def compute_importance(
-    model: nn.Module, batches: Iterable[torch.Tensor], *, keep_banks: bool = False
+    model: nn.Module, batches: Iterable[torch.Tensor], metric: str = "gradient", *, keep_banks: bool = False
 ) -> list[torch.Tensor]:
-    """Per layer float32 [E, I]: for each neuron, the squared gradients of its 3 * H weights, summed over `batches`.
+    """Per layer float32 [E, I]: each neuron's importance, summed over `batches`.
+
+    metric: over a neuron's 3 * H weights w with gradients g, "gradient" is the sum of g^2 and "gradient_weight" the sum
+    of |g * w| (to first order what the loss changes by without each weight: Molchanov et al., arXiv 1906.10771).
 
     Each batch (input_ids, int64 [B, T]) gives one mean next-token loss, one backward and no update. Banks are left out
     meanwhile (keep_banks: they stay, so that it is the importance in the model as trained so far; their gradients are
-    cleared), gradients of other parameters are cleared. Raises ValueError when `batches` is empty, a loss is not
-    finite, or the model has no paged experts.
+    cleared), gradients of other parameters are cleared. Raises ValueError for an unknown metric, when `batches` is
+    empty, a loss is not finite, or the model has no paged experts.
     """
+    if metric not in IMPORTANCE_METRICS:
+        raise ValueError(f"metric must be one of {IMPORTANCE_METRICS}, got {metric!r}")
     layers = paged_layers(model)
     banks = [layer.bank for layer in layers]
     num_batches = 0
     if not keep_banks:
         for layer in layers:
             layer.set_bank(None)
-    importance = [layer.begin_importance() for layer in layers]
+    importance = [layer.begin_importance(metric) for layer in layers]
     try:
         for input_ids in batches:
             total, count = causal_lm_loss(model, input_ids)
@@ -78,17 +85,22 @@ def compute_importance(
     return importance
 
 
-def select_neurons(importance: Sequence[torch.Tensor], density: float, scope: str = "model") -> Selection:
-    """The round(density * total) most important neurons, at least 1; of equals, the lower (layer, expert, neuron).
+def select_neurons(
+    importance: Sequence[torch.Tensor], density: float, scope: str = "model", sampling: str = "top", seed: int = 0
+) -> Selection:
+    """round(density * total) neurons by their importance, at least 1.
 
     importance: per layer float32 [E, I]. scope "model": total counts all layers, "layer": each layer by itself.
-    Raises ValueError for a density outside (0, 1], an unknown scope, and importance that is not finite, negative or
-    zero everywhere (per layer in scope "layer"): there is then nothing to choose by.
+    sampling "top": the most important; of equals, the lower (layer, expert, neuron). "proportional": drawn one after
+    the other without replacement, each time with a probability proportional to importance (by exponential races,
+    Efraimidis and Spirakis 2006), the same for the same `seed`.
+
+    Raises ValueError for a density outside (0, 1], an unknown scope or sampling, and importance that is not finite,
+    negative or zero everywhere (per layer in scope "layer"): there is then nothing to choose by.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density must lie in (0, 1], got {density}")
-    if scope not in SELECTION_SCOPES:
-        raise ValueError(f"scope must be one of {SELECTION_SCOPES}, got {scope!r}")
+    _check_choice(density, scope, seed)
+    if sampling not in SELECTION_SAMPLINGS:
+        raise ValueError(f"sampling must be one of {SELECTION_SAMPLINGS}, got {sampling!r}")
     if not importance:
         raise ValueError("importance is empty: expected one tensor [num_experts, intermediate_size] a layer")
     for layer, values in enumerate(importance):
@@ -96,37 +108,83 @@ def select_neurons(importance: Sequence[torch.Tensor], density: float, scope: st
             raise ValueError(f"importance of layer {layer} must be [experts, neurons], got {tuple(values.shape)}")
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
             raise ValueError(f"importance of layer {layer} has negative or non-finite values: the gradients overflowed")
-    flat = [values.detach().float().cpu().reshape(-1) for values in importance]
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(values: torch.Tensor, count: int, what: str) -> torch.Tensor:
+        if not bool((values > 0).any()):
+            raise ValueError(
+                f"importance of {what} is zero everywhere: no gradient reached an expert (is the loss constant, "
+                "or the model detached?)"
+            )
+        if sampling == "proportional":
+            # The largest of importance / Exp(1): zeros come last, as they would after everything else was drawn.
+            keys = values.double() / torch.empty(len(values), dtype=torch.float64).exponential_(generator=generator)
+        else:
+            keys = values
+        chosen = torch.sort(keys, descending=True, stable=True).indices[:count]  # of equals, the lower position
+        unused = int((values[chosen] == 0).sum())
+        if unused:
+            logger.warning("%s: %d of %d chosen neurons had no gradient; use more batches", what, unused, count)
+        return chosen
+
+    return _select([values.detach().float().cpu() for values in importance], density, scope, choose)
+
+
+def select_random(sizes: Sequence[tuple[int, int]], density: float, scope: str = "model", seed: int = 0) -> Selection:
+    """round(density * total) neurons, at least 1, all equally likely and the same for the same `seed`.
+
+    sizes: per layer (num_experts, intermediate_size). scope as in select_neurons. Raises ValueError as it does.
+    """
+    _check_choice(density, scope, seed)
+    if not sizes:
+        raise ValueError("sizes is empty: expected (num_experts, intermediate_size) of each layer")
+    for layer, size in enumerate(sizes):
+        if min(size) < 1:
+            raise ValueError(f"sizes of layer {layer}: expected at least one expert and one neuron, got {tuple(size)}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(values: torch.Tensor, count: int, what: str) -> torch.Tensor:
+        return torch.randperm(len(values), generator=generator)[:count]
+
+    return _select([torch.ones(1, 1).expand(size) for size in sizes], density, scope, choose)
+
+
+def _check_choice(density: float, scope: str, seed: int) -> None:
+    if not 0 < density <= 1:
+        raise ValueError(f"density must lie in (0, 1], got {density}")
+    if scope not in SELECTION_SCOPES:
+        raise ValueError(f"scope must be one of {SELECTION_SCOPES}, got {scope!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be an int of at least 0, got {seed!r}")
+
+
+def _select(
+    layers: Sequence[torch.Tensor],
+    density: float,
+    scope: str,
+    choose: Callable[[torch.Tensor, int, str], torch.Tensor],
+) -> Selection:
+    """choose(values [n], count, what for messages) gives positions, in the whole model or layer by layer."""
+    flat = [values.reshape(-1) for values in layers]
     if scope == "model":
-        chosen = _top(torch.cat(flat), density, "all layers")
-        ends = torch.tensor([len(values) for values in flat]).cumsum(0)
+        values = torch.cat(flat)
+        chosen = choose(values, max(1, round(density * len(values))), "all layers").sort().values
+        ends = torch.tensor([len(part) for part in flat]).cumsum(0)
         parts = [
-            chosen[(chosen >= end - len(values)) & (chosen < end)] - (end - len(values))
-            for values, end in zip(flat, ends.tolist())
+            chosen[(chosen >= end - len(part)) & (chosen < end)] - (end - len(part))
+            for part, end in zip(flat, ends.tolist())
         ]
     else:
-        parts = [_top(values, density, f"layer {layer}") for layer, values in enumerate(flat)]
-    widths = [values.shape[1] for values in importance]
+        parts = [
+            choose(values, max(1, round(density * len(values))), f"layer {layer}").sort().values
+            for layer, values in enumerate(flat)
+        ]
+    widths = [values.shape[1] for values in layers]
     return Selection(
         tuple((part // width).to(torch.int32) for part, width in zip(parts, widths)),
         tuple((part % width).to(torch.int32) for part, width in zip(parts, widths)),
         sum(len(values) for values in flat),
     )
-
-
-def _top(values: torch.Tensor, density: float, what: str) -> torch.Tensor:
-    """Ascending positions of the largest values; a stable sort keeps the lower position of equals."""
-    if not bool((values > 0).any()):
-        raise ValueError(
-            f"importance of {what} is zero everywhere: no gradient reached an expert (is the loss constant, "
-            "or the model detached?)"
-        )
-    count = max(1, round(density * len(values)))
-    order = torch.sort(values, descending=True, stable=True).indices[:count]
-    unused = int((values[order] == 0).sum())
-    if unused:
-        logger.warning("%s: %d of %d chosen neurons had no gradient; use more batches", what, unused, count)
-    return order.sort().values
 
 
 def attach(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from .experts import PagedLayer
+from .gumbel import GumbelNoise
+from .layer_major import run_together
 from .loss import causal_lm_loss
 from .router import LoadTracker, load_balancing_loss, record_routers
+from .run_folder import rng_states, set_rng_states
+
+ACCUMULATION_ORDERS = ("micro_batch", "layer")
 
 
 @dataclass
@@ -26,6 +33,32 @@ class StepLosses:
     aux_loss: torch.Tensor
 
 
+class _RandomStreams:
+    """A stream of torch's random numbers (dropout, jitter) for each micro-batch: the same ones in any order of running.
+
+    The seeds are drawn from the global generator, once a step.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._seeds = torch.randint(2**62, (count,)).tolist()
+        self._states: list[dict[str, torch.Tensor] | None] = [None] * count
+
+    @contextlib.contextmanager
+    def of(self, number: int) -> Iterator[None]:
+        outside, state = rng_states(), self._states[number]
+        if state is None:
+            torch.default_generator.manual_seed(self._seeds[number])
+            if torch.cuda.is_initialized():
+                torch.cuda.manual_seed_all(self._seeds[number])
+        else:
+            set_rng_states(state)
+        try:
+            yield
+        finally:
+            self._states[number] = rng_states()
+            set_rng_states(outside)
+
+
 def run_micro_batches(
     model: nn.Module,
     batches: Sequence[torch.Tensor],
@@ -33,25 +66,63 @@ def run_micro_batches(
     balanced_routers: Mapping[str, nn.Module],
     aux_loss_coef: float,
     trackers: Sequence[LoadTracker],
+    *,
+    order: str = "micro_batch",
+    scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+    gumbel: GumbelNoise | None = None,
+    after_backward: Callable[[int], None] = lambda handle: None,
 ) -> StepLosses:
-    """Forward and backward of each micro-batch in turn; gradients are added to the banks, anchors and routers.
+    """Forward and backward of all micro-batches; gradients are added to the banks, anchors and routers.
 
-    batches: int64 [batch_size, seq_len] each. balanced_routers: those under the load-balancing loss, none for no such
-    loss. trackers: each is given every micro-batch's tokens per expert.
+    Both orders give the same bits: "micro_batch" runs one after another, "layer" all at once, so that a page moves once
+    up and once down for all of them (usaf_ext.layer_major); activations are then held for all of them.
+
+    Args:
+        batches: int64 [batch_size, seq_len] each.
+        balanced_routers: those under the load-balancing loss, none for no such loss.
+        trackers: each is given every micro-batch's tokens per expert.
+        scale: from a loss to what backward starts from (loss scaling).
+        gumbel: told which micro-batch runs.
+        after_backward: order "layer" only: called with a layer's handle once all its gradients are in its bank.
     """
     num_targets = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
-    loss_sum = torch.zeros((), device=batches[0].device)
-    aux_sum = torch.zeros((), device=batches[0].device)
-    for input_ids in batches:
+
+    def run(input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with record_routers(balanced_routers) as routed:
             total, _count = causal_lm_loss(model, input_ids)
-        for tracker in trackers:
-            tracker.add([layer.token_counts for layer in layers], input_ids.numel())
-        loss = total / num_targets
-        loss_sum += loss.detach()
+        loss, aux = total / num_targets, torch.zeros((), device=input_ids.device)
+        objective = loss
         if balanced_routers:
             aux = load_balancing_loss(routed.logits, routed.index) / len(batches)
-            aux_sum += aux.detach()
-            loss = loss + aux_loss_coef * aux
-        loss.backward()
+            objective = loss + aux_loss_coef * aux
+        scale(objective).backward()
+        return loss.detach(), aux.detach()
+
+    random_streams = _RandomStreams(len(batches))
+
+    @contextlib.contextmanager
+    def while_running(number: int) -> Iterator[None]:
+        with random_streams.of(number):
+            if gumbel is not None:
+                gumbel.micro_batch = number
+            yield
+
+    def count_tokens(num_tokens: int) -> None:
+        for tracker in trackers:
+            tracker.add([layer.token_counts for layer in layers], num_tokens)
+
+    losses = []
+    if order == "layer":
+        bodies = [partial(run, input_ids) for input_ids in batches]
+        losses = run_together(bodies, batches[0].device, while_running, after_backward)
+        count_tokens(sum(batch.numel() for batch in batches))
+    else:
+        for number, input_ids in enumerate(batches):
+            with while_running(number):
+                losses.append(run(input_ids))
+            count_tokens(input_ids.numel())
+    loss_sum, aux_sum = (torch.zeros((), device=batches[0].device) for _ in range(2))
+    for loss, aux in losses:
+        loss_sum += loss
+        aux_sum += aux
     return StepLosses(loss_sum, aux_sum)

@@ -129,8 +129,8 @@ class ExpertStore:
 
         Raises:
             TypeError: not a tensor of a floating dtype.
-            ValueError: a wrong shape, or weights that are not finite in fp32 or too large for the format (naming layer, expert
-                and matrix).
+            ValueError: a wrong shape, or weights that are not finite in fp32 or too large for the format (naming layer,
+                expert and matrix).
             StoreError: the store is sealed, or layer or expert are out of range.
             The page is as it was after each of these.
         """

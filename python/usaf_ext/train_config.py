@@ -12,7 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .bank import BANK_MODES, MASTER_DTYPES
 from .router import ROUTER_MODES
-from .selection import SELECTION_SCOPES
+from .selection import SELECTION_METRICS, SELECTION_SAMPLINGS, SELECTION_SCOPES
+from .step import ACCUMULATION_ORDERS
+from .threshold import THRESHOLD_SCOPES
 
 LR_SCHEDULES = ("cosine", "constant")
 
@@ -27,15 +29,25 @@ class TrainConfig:
     A step is gradient_accumulation_steps micro-batches of batch_size sequences of seq_len tokens.
 
     Attributes:
-        density: share of all expert neurons to train, chosen from importance_batches batches, over the whole model or
-            per layer (selection_scope).
-        router: "frozen", or "topk": trained in fp32. Its first router_warmup_steps steps train it alone.
+        density: share of all expert neurons to train, over the whole model or per layer (selection_scope); 0 trains the
+            router alone.
+        selection_metric: importance of a neuron, measured on importance_batches batches: "gradient" (sum of g^2) or
+            "gradient_weight" (sum of |g * w|); or "random": no measurement, all neurons are equally likely.
+        selection_sampling: "top", or "proportional": a sample without replacement in proportion to importance.
+        activation_threshold: an expert with fewer tokens than this share of its layer's mean gets no weight gradient; 0
+            for off. threshold_scope: by the counts of the previous "step", or of the micro-batch's own "forward".
+        router: "frozen", or trained in fp32: "topk" as the family routes, "gumbel" with noise on the choice (see
+            usaf_ext.gumbel). Its first router_warmup_steps steps train it alone.
+        gumbel_tau_start, gumbel_tau_end: temperature of "gumbel" in the first and the last step, geometric in between.
         aux_loss_coef: weight of the load-balancing loss while the router is trained.
         lr_warmup_steps, lr_schedule: linear rise, then "cosine" (to 0 at the last step) or "constant". The experts'
             schedule starts after the router's warm-up.
         max_grad_norm: clip by the global norm over expert rows and routers; None for no clipping.
         mode: "master" or "in_place"; master_dtype: "bfloat16" or "float32".
         optimizer: "masked_adam", or None: everything runs and nothing is updated (the control).
+        accumulation_order: "micro_batch": one micro-batch after another. "layer": all micro-batches of a step go
+            through a layer together, so that its pages move once; the same bits. Activations are then held for all of
+            them (with gradient_checkpointing: one layer's, and twice hidden_size values a token for the others).
         checkpoint_every, evaluate_every: steps; 0 means at the end only (evaluation: and at step 0, always).
     """
 
@@ -49,8 +61,14 @@ class TrainConfig:
     density: float = 0.005
     importance_batches: int = 4
     selection_scope: str = "model"
+    selection_metric: str = "gradient"
+    selection_sampling: str = "top"
+    activation_threshold: float = 0.1
+    threshold_scope: str = "step"
     router: str = "frozen"
     router_warmup_steps: int = 0
+    gumbel_tau_start: float = 1.0
+    gumbel_tau_end: float = 0.5
     aux_loss_coef: float = 1e-3
     lr_schedule: str = "cosine"
     lr_warmup_steps: int = 0
@@ -62,6 +80,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     evaluate_every: int = 0
     gradient_checkpointing: bool = False
+    accumulation_order: str = "micro_batch"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "importance_batches"):
@@ -69,26 +88,48 @@ class TrainConfig:
         for name in ("router_warmup_steps", "lr_warmup_steps", "checkpoint_every", "evaluate_every", "seed"):
             self._check_int(name, 0)
         self._check_int("seq_len", 2)
-        for name in ("learning_rate", "router_learning_rate", "weight_decay", "aux_loss_coef"):
+        for name in ("learning_rate", "router_learning_rate", "weight_decay", "aux_loss_coef", "density"):
             self._check_float(name, 0.0, exclusive=False)
-        self._check_float("density", 0.0, exclusive=True)
+        for name in ("gumbel_tau_start", "gumbel_tau_end"):
+            self._check_float(name, 0.0, exclusive=True)
         if self.density > 1:
-            raise ValueError(f"density: expected a number in (0, 1], got {self.density}")
+            raise ValueError(f"density: expected a number in [0, 1], got {self.density}")
+        self._check_float("activation_threshold", 0.0, exclusive=False)
+        if self.activation_threshold >= 1:
+            raise ValueError(f"activation_threshold: expected a number in [0, 1), got {self.activation_threshold}")
         if self.max_grad_norm is not None:
             self._check_float("max_grad_norm", 0.0, exclusive=True)
         choices: dict[str, tuple[str | None, ...]] = {
             "selection_scope": SELECTION_SCOPES,
+            "selection_metric": SELECTION_METRICS,
+            "selection_sampling": SELECTION_SAMPLINGS,
+            "threshold_scope": THRESHOLD_SCOPES,
             "router": ROUTER_MODES,
             "lr_schedule": LR_SCHEDULES,
             "mode": BANK_MODES,
             "master_dtype": tuple(MASTER_DTYPES),
             "optimizer": ("masked_adam", None),
+            "accumulation_order": ACCUMULATION_ORDERS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        if self.density == 0 and self.router == "frozen":
+            raise ValueError(
+                "density, router: density 0 trains no expert neuron and a frozen router is not trained either: nothing "
+                "would be; set density above 0 or router to 'topk'"
+            )
+        if self.selection_metric == "random" and self.selection_sampling != "top":
+            raise ValueError(
+                "selection_sampling: a random selection has no importance to sample by; expected 'top', got "
+                f"{self.selection_sampling!r}"
+            )
         if self.router_warmup_steps and self.router == "frozen":
             raise ValueError("router_warmup_steps: a frozen router cannot warm up; set router to 'topk'")
+        if self.router_warmup_steps and self.density == 0:
+            raise ValueError(
+                "router_warmup_steps: with density 0 the router trains alone from first to last; set it to 0"
+            )
         if self.router_warmup_steps >= self.steps:
             raise ValueError(
                 f"router_warmup_steps: expected fewer than steps = {self.steps}, or no expert would be trained; "
@@ -132,6 +173,11 @@ class TrainConfig:
             return 1.0
         progress = (position - self.lr_warmup_steps) / max(1, length - self.lr_warmup_steps)
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    def gumbel_tau(self, step: int) -> float:
+        """Temperature of router "gumbel" at `step` (from 0)."""
+        progress = step / max(1, self.steps - 1)
+        return self.gumbel_tau_start * (self.gumbel_tau_end / self.gumbel_tau_start) ** progress
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         """The schedule over MaskedAdam's groups: routers from the first step, experts after the router's warm-up."""

@@ -16,18 +16,21 @@ from torch import nn
 from tqdm import tqdm
 
 from .bank import MASTER_DTYPES, RowBank
+from .collapse import CollapseMonitor, as_json
 from .data import BatchOrder
 from .delta import apply_delta, delta_of
 from .errors import StoreError, UsafError
 from .evaluation import evaluate
 from .experts import expert_memory, expert_store, paged_layers
+from .gumbel import GumbelNoise, check_gumbel, train_gumbel_routers
 from .interrupt import InterruptFlag
 from .optimizer import MaskedAdam
 from .plots import plot_expert_load, plot_loss
-from .router import CollapsedLayer, LoadTracker, check_balanceable, train_routers
+from .router import CollapsedLayer, LoadTracker, check_balanceable, find_routers, train_routers
 from .run_folder import Checkpoint, RunFolder, rng_states, set_rng_states
-from .selection import attach, compute_importance, select_neurons
+from .selection import Selection, attach, compute_importance, select_neurons, select_random
 from .step import run_micro_batches
+from .threshold import ActivationThreshold
 from .train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -54,7 +57,7 @@ class TrainResult:
         trained_parameters: weights the optimizer updates (bank rows and routers); 0 for the control.
         evaluations: name -> {step: mean next-token loss in nats}, step 0 being the untouched model.
         tokens_per_second: over all steps of the log. load_entropy: per MoE layer over all steps, 1 is uniform.
-        collapsed: layers with dead or swamping experts over all steps.
+        collapsed: layers with dead or swamping experts in the latest steps (see usaf_ext.collapse).
     """
 
     out_dir: Path
@@ -79,7 +82,7 @@ def train(
     base: str | None = None,
     callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
 ) -> TrainResult:
-    """Fine-tune the chosen expert neurons (and, with router "topk", the routers) of a model with paged experts.
+    """Fine-tune the chosen expert neurons (and, unless frozen, the routers) of a model with paged experts.
 
     Writes `out_dir` (see usaf_ext.run_folder), which must be new or empty, and plots loss.png and expert_load.png
     there. Every parameter but anchors and trained routers is frozen; torch's global generator is seeded. Each
@@ -95,6 +98,7 @@ def train(
     UsafError when training stands still or its loss is not finite.
     """
     _check_data(dataset, config)
+    _check_routers(model, config)
     if originals is None:
         originals = getattr(model, "usaf_originals", None)
     run = _open_run(model, config, Path(out_dir), base, resume)
@@ -117,6 +121,16 @@ def _check_data(dataset: Sequences, config: TrainConfig) -> None:
     first = dataset[0]
     if first.dtype != torch.int64 or tuple(first.shape) != (config.seq_len,):
         raise ValueError(f"dataset: expected int64 [{config.seq_len}] items, got {first.dtype} {tuple(first.shape)}")
+
+
+def _check_routers(model: nn.Module, config: TrainConfig) -> None:
+    if config.router == "frozen":
+        return
+    routers = find_routers(model)
+    if config.router == "gumbel":
+        check_gumbel(routers)
+    if config.aux_loss_coef > 0:
+        check_balanceable(routers)
 
 
 def _open_run(model: nn.Module, config: TrainConfig, out_dir: Path, base: str | None, resume: bool) -> RunFolder:
@@ -154,6 +168,10 @@ class _Trainer:
         self.device = self.layers[0].anchor.device
         self.order = BatchOrder(len(dataset), config.batch_size, config.seed)
         self.load = LoadTracker(len(self.layers), self.layers[0].num_experts, self.device)
+        self.collapse = CollapseMonitor(len(self.layers), self.layers[0].num_experts, self.device)
+        self.threshold = ActivationThreshold(self.layers, config.activation_threshold, config.threshold_scope)
+        self.gumbel = GumbelNoise(config.seed) if config.router == "gumbel" else None
+        self.had_gradient = False  # in a step since progress was last checked
         self.step = 0
         self.num_candidates = sum(layer.num_experts * layer.intermediate_size for layer in self.layers)
         model.requires_grad_(False)
@@ -173,17 +191,27 @@ class _Trainer:
             layer.set_bank(None)
         self.evaluate()  # before anything is touched
         self.model.train()
-        importance = compute_importance(self.model, self._importance_batches())
-        selection = select_neurons(importance, config.density, config.selection_scope)
-        attach(
-            self.model,
-            selection,
-            originals=originals,
-            mode=config.mode,
-            master_dtype=MASTER_DTYPES[config.master_dtype],
-        )
+        if config.density > 0:
+            selection = self._select()
+            attach(
+                self.model,
+                selection,
+                originals=originals,
+                mode=config.mode,
+                master_dtype=MASTER_DTYPES[config.master_dtype],
+            )
+            self._log({"event": "selection", "neurons": selection.num_neurons, "density": selection.density})
         self._prepare()
-        self._log({"event": "selection", "neurons": selection.num_neurons, "density": selection.density})
+
+    def _select(self) -> Selection:
+        config = self.config
+        if config.selection_metric == "random":
+            sizes = [(layer.num_experts, layer.intermediate_size) for layer in self.layers]
+            return select_random(sizes, config.density, config.selection_scope, config.seed)
+        importance = compute_importance(self.model, self._importance_batches(), config.selection_metric)
+        return select_neurons(
+            importance, config.density, config.selection_scope, config.selection_sampling, config.seed
+        )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         apply_delta(self.model, checkpoint.delta)
@@ -197,6 +225,8 @@ class _Trainer:
         self.order.load_state_dict(checkpoint.state["order"])
         self.load.counts.copy_(checkpoint.tensors["expert_load"])
         self.load.num_tokens = checkpoint.state["load_tokens"]
+        self.collapse.load_state_dict(checkpoint.state["collapse"])
+        self.threshold.counts.copy_(checkpoint.tensors["threshold_counts"])
         self.step = checkpoint.step
         set_rng_states(checkpoint.rng)
         logger.info("resumed at step %d", self.step)
@@ -206,10 +236,10 @@ class _Trainer:
         config = self.config
         self.banks: list[RowBank | None] = [layer.bank for layer in self.layers]
         self.routers: dict[str, nn.Module] = {}
-        if config.router == "topk":
+        if self.gumbel is not None:
+            self.routers = train_gumbel_routers(self.model, self.gumbel)
+        elif config.router == "topk":
             self.routers = train_routers(self.model)
-            if config.aux_loss_coef > 0:
-                check_balanceable(self.routers)
         # Built for the control too: it refuses a run that trains nothing.
         optimizer = MaskedAdam(
             self.model,
@@ -242,19 +272,30 @@ class _Trainer:
             while self.step < config.steps:
                 record = self._one_step()
                 self._log(record)
+                if self.collapse.add_step(self.step_load):
+                    self._log({"event": "collapse", "layers": as_json(self.collapse.collapsed)})
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_second']:.0f}")
                 done = self.step == config.steps
                 if done or (config.evaluate_every and self.step % config.evaluate_every == 0):
                     self.evaluate()
                 if self.optimizer is not None and (done or self.step % _PROGRESS_CHECK_STEPS == 0):
-                    self.optimizer.check_progress()
+                    self._check_progress(self.optimizer)
                 if done or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self.save()
                 for callback in self.callbacks:
                     callback(record)
                 if self.interrupt.set_by and not done:
                     self._stop()
+
+    def _check_progress(self, optimizer: MaskedAdam) -> None:
+        optimizer.check_progress()
+        if not self.had_gradient:
+            raise UsafError(
+                f"step {self.step}: nothing is trained, every gradient of the latest steps was zero (no token reached "
+                "an expert with chosen neurons, or the router's weights of its top k are constant)"
+            )
+        self.had_gradient = False
 
     def _stop(self) -> None:
         path = self.save()
@@ -268,15 +309,26 @@ class _Trainer:
         self._set_banks(not warming_up)
         stats_before, start = expert_memory(self.model).stats(), time.perf_counter()
         balanced = self.routers if config.aux_loss_coef > 0 else {}
-        step_load = LoadTracker(len(self.layers), self.layers[0].num_experts, self.device)
+        step_load = self.step_load = LoadTracker(len(self.layers), self.layers[0].num_experts, self.device)
         batches = [self._batch(next(self.order)) for _ in range(config.gradient_accumulation_steps)]
+        if self.gumbel is not None:
+            self.gumbel.begin_step(self.step, config.gumbel_tau(self.step))
         losses = run_micro_batches(
-            self.model, batches, self.layers, balanced, config.aux_loss_coef, (step_load, self.load)
+            self.model,
+            batches,
+            self.layers,
+            balanced,
+            config.aux_loss_coef,
+            (step_load, self.load),
+            order=config.accumulation_order,
+            gumbel=self.gumbel,
         )
+        masked = self.threshold.end_step(step_load.counts)
         loss = float(losses.loss)
         with_gradient = [p for p in self.clipped if p.grad is not None]
         max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(with_gradient, max_norm))
+        self.had_gradient |= norm != 0
         rates = {}
         if self.optimizer is not None and self.scheduler is not None:
             rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
@@ -300,10 +352,13 @@ class _Trainer:
             "seconds": seconds,
             "tokens_per_second": num_tokens / seconds,
             "load_entropy": step_load.entropy(),
+            "masked_experts": masked,
             **{name: stats[name] - stats_before[name] for name in stats},
         }
         if self.routers:
             record["router_learning_rate"] = rates.get("router", 0.0)
+        if self.gumbel is not None:
+            record["gumbel_tau"] = self.gumbel.tau
         if balanced:
             record["aux_loss"] = float(losses.aux_loss)
         return record
@@ -329,14 +384,17 @@ class _Trainer:
 
     def save(self) -> Path:
         self._set_banks(True)
-        state: dict[str, Any] = {"order": self.order.state_dict(), "load_tokens": self.load.num_tokens}
+        state: dict[str, Any] = {
+            "order": self.order.state_dict(),
+            "load_tokens": self.load.num_tokens,
+            "collapse": self.collapse.state_dict(),
+        }
+        tensors = {"expert_load": self.load.counts, "threshold_counts": self.threshold.counts}
         optimizer = None
         if self.optimizer is not None and self.scheduler is not None:
             optimizer, state["scheduler"] = self.optimizer.state_dict(), self.scheduler.state_dict()
         return self.run.save_checkpoint(
-            Checkpoint(
-                self.step, delta_of(self.model), optimizer, state, {"expert_load": self.load.counts}, rng_states()
-            )
+            Checkpoint(self.step, delta_of(self.model), optimizer, state, tensors, rng_states())
         )
 
     def finish(self) -> TrainResult:
@@ -353,15 +411,6 @@ class _Trainer:
             {name: (list(losses), list(losses.values())) for name, losses in evaluations.items()},
         )
         plot_expert_load(self.run.path / "expert_load.png", self.load.share())
-        collapsed = self.load.collapsed()
-        for layer in collapsed:
-            logger.warning(
-                "MoE layer %d: load far from even: %d experts with next to no tokens, %d with more than half way from "
-                "the even share to all tokens",
-                layer.layer,
-                len(layer.dead),
-                len(layer.swamping),
-            )
         return TrainResult(
             out_dir=self.run.path,
             steps=self.step,
@@ -370,5 +419,5 @@ class _Trainer:
             evaluations=evaluations,
             tokens_per_second=sum(r["tokens"] for r in steps) / sum(r["seconds"] for r in steps),
             load_entropy=self.load.entropy(),
-            collapsed=collapsed,
+            collapsed=self.collapse.finish(),
         )

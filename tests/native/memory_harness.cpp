@@ -1,14 +1,18 @@
 // C interface to the devices and the pager, for tests/native_memory.py: the CPU device, the same made slow or failing,
-// and the lazy device. Every function returns a value of at least 0, or -1 after an error (see last_error).
+// and the lazy device; pages from memory, or through a ring from what stands for a disk. Every function returns a value of at least 0, or -1 after an error (see last_error).
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "errors.h"
 #include "lazy_device.h"
+#include "lazy_reader.h"
 #include "memory/expert_pager.h"
 #include "memory/expert_store.h"
 
@@ -29,6 +33,8 @@ int64_t guarded(Body body) {
     error_kind = "StoreError", error_text = error.what();
   } catch (const std::invalid_argument& error) {
     error_kind = "ValueError", error_text = error.what();
+  } catch (const std::logic_error& error) {
+    error_kind = "AssertionError", error_text = error.what();
   }
   return -1;
 }
@@ -75,16 +81,34 @@ bool page_holds(const uint8_t* page, int64_t bytes, int32_t number) {
   return true;
 }
 
-// A store whose pages hold their own number, a slab of poison, and a pager.
+// A store whose pages hold their own number, a slab of poison, and a pager. With a ring, the store plays the disk.
 struct Rig {
+  std::atomic<int64_t> unreadable_page = -1;  // reads of it fail
+  std::atomic<int64_t> read_microseconds = 0;
   std::shared_ptr<Device> device;
   std::unique_ptr<uint8_t, decltype(&std::free)> slab{nullptr, &std::free};
   std::shared_ptr<ExpertStore> store;
+  LazyReader* lazy_reader = nullptr;   // the pager's, on the lazy device
   std::unique_ptr<ExpertPager> pager;  // destroyed first
   int64_t wrong_pages = 0;             // seen by kernels of the lazy device
 };
 
 int64_t page_bytes(const Rig& rig) { return rig.store->layout().page_bytes; }
+
+std::unique_ptr<PageReader> make_reader(Rig& rig, ReadFault fault) {
+  const auto read_page = [&rig](int64_t page, uint8_t* buffer) {
+    if (rig.read_microseconds > 0) std::this_thread::sleep_for(std::chrono::microseconds(rig.read_microseconds));
+    if (page == rig.unreadable_page) throw StoreError("page " + std::to_string(page) + ": unreadable");
+    const int64_t num_experts = rig.store->num_experts();
+    std::memcpy(buffer, rig.store->page(page / num_experts, page % num_experts), static_cast<size_t>(page_bytes(rig)));
+  };
+  if (dynamic_cast<LazyDevice*>(rig.device.get()) == nullptr) {
+    return std::make_unique<ThreadedPageReader>(rig.device, read_page, 3);
+  }
+  auto reader = std::make_unique<LazyReader>(rig.device, read_page, page_bytes(rig), fault);
+  rig.lazy_reader = reader.get();
+  return reader;
+}
 
 }  // namespace
 }  // namespace usaf
@@ -145,7 +169,9 @@ EXPORT int64_t device_register_host(std::shared_ptr<Device>* device, void* point
 
 // ---- store and pager ----
 
-EXPORT Rig* rig_new(std::shared_ptr<Device>* device, int64_t num_layers, int64_t num_experts, int64_t num_slots) {
+// num_buffers 0: a store in memory.
+EXPORT Rig* rig_new(std::shared_ptr<Device>* device, int64_t num_layers, int64_t num_experts, int64_t num_slots,
+                    int64_t num_buffers, int32_t fault) {
   auto rig = std::make_unique<Rig>();
   const int64_t status = guarded([&] {
     rig->device = *device;
@@ -159,13 +185,20 @@ EXPORT Rig* rig_new(std::shared_ptr<Device>* device, int64_t num_layers, int64_t
     const size_t slab_bytes = static_cast<size_t>(num_slots * page_bytes(*rig));
     rig->slab.reset(static_cast<uint8_t*>(std::aligned_alloc(4096, slab_bytes)));
     std::memset(rig->slab.get(), 0xFF, slab_bytes);
-    rig->pager = std::make_unique<ExpertPager>(rig->device, rig->store, rig->slab.get(), num_slots);
+    auto reader = num_buffers == 0 ? nullptr : make_reader(*rig, static_cast<ReadFault>(fault));
+    rig->pager = std::make_unique<ExpertPager>(rig->device, rig->store, rig->slab.get(), num_slots, num_buffers,
+                                               std::move(reader));
     return 0;
   });
   return status < 0 ? nullptr : rig.release();
 }
 EXPORT void rig_free(Rig* rig) { delete rig; }
 EXPORT int64_t rig_page_bytes(Rig* rig) { return page_bytes(*rig); }
+EXPORT void rig_unreadable_page(Rig* rig, int64_t page) { rig->unreadable_page = page; }
+EXPORT void rig_read_microseconds(Rig* rig, int64_t microseconds) { rig->read_microseconds = microseconds; }
+EXPORT int64_t lazy_read_some(Rig* rig, int64_t count, uint64_t seed) {
+  return guarded([&] { return rig->lazy_reader->run_some(count, seed); });
+}
 
 // The tickets go to `tickets`, which has room for `count` of them.
 EXPORT int64_t pager_prefetch(Rig* rig, int64_t layer, const int64_t* experts, int64_t count, int32_t phase,
@@ -204,7 +237,11 @@ EXPORT int64_t pager_pages(Rig* rig, int64_t ticket, uintptr_t* addresses) {
 }
 EXPORT int64_t pager_stat(Rig* rig, int32_t which) {
   const PagerStats stats = rig->pager->stats();
-  return which == 0 ? stats.page_hits : which == 1 ? stats.page_misses : stats.bytes_in;
+  return which == 0 ? stats.page_hits : which == 1 ? stats.page_misses : which == 2 ? stats.bytes_in : stats.bytes_read;
+}
+EXPORT int64_t pager_num_buffers(Rig* rig) { return rig->pager->num_buffers(); }
+EXPORT int64_t pager_resize_ring(Rig* rig, int64_t num_buffers) {
+  return guarded([&] { return rig->pager->resize_ring(num_buffers), 0; });
 }
 
 // Does the page at `address` hold what the store has for page `number`?
