@@ -5,7 +5,7 @@ value or device; the message names the argument. Importing this package register
 `torch.compile`) and autograd formulas, nothing else. An op without a formula raises when it is differentiated.
 """
 
-from .adam import masked_adam_
+from .adam import dequantize_moments8, empty_moments8, masked_adam_
 from .codec import dequantize_blocks, quantize_blocks, quantize_rows_, scale_dtype
 from .gather import expert_gather, expert_scatter
 from .glu import glu, glu_backward
@@ -14,6 +14,8 @@ from .row_gradient import row_gradient_, row_importance_
 
 __all__ = [
     "dequantize_blocks",
+    "dequantize_moments8",
+    "empty_moments8",
     "expert_gather",
     "expert_scatter",
     "glu",
