@@ -42,7 +42,7 @@ def learnt_rows(model):
     }
 
 
-def moments(model, optimizer):
+def moments_of(model, optimizer):
     return {
         (layer.index, position): {name: tensor[i].clone() for name, tensor in optimizer.state[layer.anchor].items()}
         for layer in paged_layers(model)
@@ -124,21 +124,30 @@ def test_importance_is_that_of_the_model_as_it_is_now(tiny_checkpoint):
         assert layer.anchor.grad is None
 
 
-@pytest.mark.parametrize("placement", ["device", "host"])
-@pytest.mark.parametrize("mode", ["master", "in_place"])
-def test_nothing_learnt_is_lost(tiny_checkpoint, mode, placement):
+@pytest.mark.parametrize(
+    ("mode", "placement", "moments"),
+    [
+        ("master", "device", "fp32"),
+        ("master", "host", "8bit"),
+        ("residual", "host", "fp32"),
+        ("residual", "device", "8bit"),
+        ("in_place", "device", "fp32"),
+        ("eco", "host", "fp32"),
+    ],
+)
+def test_nothing_learnt_is_lost(tiny_checkpoint, mode, placement, moments):
     model = banked_model(tiny_checkpoint, mode=mode, placement=placement)
-    optimizer = MaskedAdam(model, lr=1e-2)
+    optimizer = MaskedAdam(model, lr=1e-2, moments=moments)
     train_steps(model, optimizer, range(3))
     first, second = paged_layers(model)
     num_parameters = optimizer.num_parameters
     drop = [(0, first.bank.positions[3].item()), (1, second.bank.positions[0].item())]
     grow = [(0, 1), (1, 139)]  # not trained: every_nth takes 0, 5, .. and 1, 6, ..
     for round_, (dropped, grown, regrown) in enumerate([(drop, grow, 0), (grow, drop, 2)]):
-        before = [logits(model), learnt_rows(model), moments(model, optimizer), trained_set(model)]
+        before = [logits(model), learnt_rows(model), moments_of(model, optimizer), trained_set(model)]
         done = reselect(model, optimizer, importance_of(*grown, lowest=dropped), fraction=2 / 58)
         assert (done.dropped, done.regrown, done.frozen) == (2, regrown, 2)
-        after = [logits(model), learnt_rows(model), moments(model, optimizer), trained_set(model)]
+        after = [logits(model), learnt_rows(model), moments_of(model, optimizer), trained_set(model)]
         assert torch.equal(before[0], after[0])
         assert after[3] == before[3] - set(dropped) | set(grown)
         assert same_bits({key: after[1][key] for key in before[1]}, before[1])
@@ -242,7 +251,7 @@ def test_bad_input(tiny_checkpoint):
     outside = [torch.zeros(SIZE), torch.zeros(SIZE)]
     for layer, values in zip(paged_layers(model), outside):
         values[layer.bank.positions] = 1.0
-    before = [learnt_rows(model), moments(model, optimizer)]
+    before = [learnt_rows(model), moments_of(model, optimizer)]
     for importance, changes, message in [
         (good, {"fraction": 0.0}, r"fraction must lie in \(0, 1\)"),
         (good, {"fraction": 1.0}, "fraction"),
@@ -261,4 +270,4 @@ def test_bad_input(tiny_checkpoint):
     other = banked_model(tiny_checkpoint)
     with pytest.raises(ValueError, match="layer 0 does not belong"):
         optimizer.replace_banks([(paged_layers(other)[0], None)])
-    assert same_bits(before, [learnt_rows(model), moments(model, optimizer)])
+    assert same_bits(before, [learnt_rows(model), moments_of(model, optimizer)])

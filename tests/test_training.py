@@ -357,7 +357,7 @@ def test_training_that_moves_nothing_is_an_error(tiny_checkpoint, tmp_path):
         ({"reselect_every": 2, "selection_metric": "random"}, ValueError, "random selection has no importance"),
         ({"reselect_every": 2, "density": 0.0, "router": "topk"}, ValueError, "no trained neurons to exchange"),
         ({"master_dtype": "float16"}, ValueError, "master_dtype"),
-        ({"router": "gumbel"}, ValueError, "router"),
+        ({"router": "dense"}, ValueError, "router"),
         ({"optimizer": "sgd"}, ValueError, "optimizer"),
         ({"lr_schedule": "step"}, ValueError, "lr_schedule"),
         ({"selection_scope": "expert"}, ValueError, "selection_scope"),

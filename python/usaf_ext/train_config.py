@@ -44,11 +44,11 @@ class TrainConfig:
         lr_warmup_steps, lr_schedule: linear rise, then "cosine" (to 0 at the last step) or "constant". The experts'
             schedule starts after the router's warm-up.
         max_grad_norm: clip by the global norm over expert rows and routers; None for no clipping.
-        mode: "master" or "in_place"; master_dtype: "bfloat16" or "float32"; rounding: "stochastic" or "nearest", of
-            in_place; grad_dtype: of the rows' gradients; placement: "device", or "host": masters, moments and the
-            update on the host (see RowBank). moments: of the expert rows (see MaskedAdam).
-        reselect_every: steps between re-selections, 0 for none (see usaf_ext.reselection), each on
-            importance_batches batches; reselect_fraction: share of the trained neurons exchanged by each.
+        mode: "master", "residual", "eco" or "in_place" (see RowBank); master_dtype: "bfloat16" or "float32".
+        rounding: "stochastic" or "nearest", of eco and in_place. grad_dtype: of the rows' gradients. moments: of the
+            expert rows, "fp32" or "8bit". placement: "device", or "host": all but codes and gradients in host memory.
+        reselect_every: steps between re-selections, 0 for none (see usaf_ext.reselection), each measured on
+            importance_batches batches. reselect_fraction: share of the trained neurons that each exchanges.
         optimizer: "masked_adam", or None: everything runs and nothing is updated (the control).
         accumulation_order: "micro_batch": one micro-batch after another. "layer": all micro-batches of a step go
             through a layer together, so that its pages move once; the same bits. Activations are then held for all of

@@ -59,7 +59,7 @@ _FLAGS: dict[str, tuple[Callable[[str], Any] | tuple[str, ...], str]] = {
     "lr_schedule": (LR_SCHEDULES, "of the learning rates"),
     "lr_warmup_steps": (int, "linear rise of the learning rates"),
     "max_grad_norm": (_or_none(float), "clip gradients by their global norm; none: no clipping"),
-    "mode": (BANK_MODES, "what a trained row keeps beside its codes: a master, or nothing"),
+    "mode": (BANK_MODES, "what a trained row keeps beside its codes: a master, a residual, or nothing"),
     "master_dtype": (tuple(MASTER_DTYPES), "of the masters"),
     "rounding": (ROUNDINGS, "of new codes where nothing is kept beside them"),
     "grad_dtype": (tuple(GRAD_DTYPES), "of the trained rows' gradients"),
