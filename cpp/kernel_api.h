@@ -205,6 +205,17 @@ struct DecodeMoments8Args {
   bool is_signed;  // exp_avg's map, else exp_avg_sq's
 };
 
+// Between weights and the residual beside their codes (numerics/residual.h): decode_residual writes `weight`,
+// encode_residual writes `residual`.
+struct ResidualArgs {
+  const uint8_t* codes;  // [num_rows, code_bytes]
+  const void* absmax;    // [num_rows, num_blocks] scales of the format
+  int8_t* residual;      // [num_rows, cols]
+  float* weight;         // [num_rows, cols]
+  int64_t num_rows, cols;
+  Format format;
+};
+
 // out[t, e]: uniform on (0, 1), a function of (seed, step, micro_batch, layer, t, e) alone (numerics/rng.h).
 struct RouterUniformArgs {
   float* out;  // [num_tokens, num_experts], num_tokens * ceil(num_experts / 4) <= 2^32
