@@ -68,28 +68,6 @@ def test_a_run_leaves_its_files(place):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 
 
-<<<<<<< HEAD
-def test_a_host_budget_gives_the_same_run(place, capsys, caplog):
-    """From a store on disk, as from one in memory: loss, evaluation and exported weights."""
-    make_checkpoint(place / "wide", num_experts=64)
-    assert main(["quantize", str(place / "wide"), str(place / "wide_store")]) == 0
-    budget = ("--host-budget", "300KiB")
-    for name, flags in (("in_memory", ()), ("from_disk", budget)):
-        arguments = train_arguments(place, name, *flags)
-        arguments[arguments.index("--model") + 1] = str(place / "wide_store")
-        with caplog.at_level("INFO", "usaf_ext.memory"):
-            assert main(arguments) == 0
-        assert ("of experts on disk" in caplog.text) == bool(flags)
-        assert main(["export", str(place / name), str(place / f"{name}_plain"), *flags]) == 0
-    capsys.readouterr()
-    losses = {evaluated(place, place / "in_memory", capsys, *flags) for flags in ((), budget)}
-    assert len(losses | {evaluated(place, place / "from_disk", capsys, *budget)}) == 1
-    files = [(place / f"{name}_plain" / "model.safetensors").read_bytes() for name in ("in_memory", "from_disk")]
-    assert files[0] == files[1]
-
-
-=======
->>>>>>> main
 def test_flags_of_accumulation_and_memory(place):
     flags = ("--gradient-checkpointing", "--accumulation-order", "layer", "--gradient-release", "--dtype", "float16")
     assert main(train_arguments(place, "layers", "--gradient-accumulation-steps", "2", *flags)) == 0
@@ -114,8 +92,6 @@ def test_bad_flags_of_accumulation_and_memory(place, capsys, flags, message):
     assert exit_code(train_arguments(place, "never", *flags)) == 2
     assert message in capsys.readouterr().err
     assert not (place / "never").exists()
-<<<<<<< HEAD
-=======
 
 
 def test_a_host_budget_gives_the_same_run(place, capsys, caplog):
@@ -135,7 +111,6 @@ def test_a_host_budget_gives_the_same_run(place, capsys, caplog):
     assert len(losses | {evaluated(place, place / "from_disk", capsys, *budget)}) == 1
     files = [(place / f"{name}_plain" / "model.safetensors").read_bytes() for name in ("in_memory", "from_disk")]
     assert files[0] == files[1]
->>>>>>> main
 
 
 def test_train_lowers_the_loss_and_export_keeps_it(place, capsys):
