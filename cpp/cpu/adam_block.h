@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../kernel_api.h"
 #include "../numerics/adam.h"
 #include "../numerics/bfloat16.h"
 #include "../numerics/block_codec.h"
@@ -12,6 +13,25 @@
 #include "simd.h"
 
 namespace usaf::cpu {
+
+// What one block is stepped from and into, each of 64 elements: pad what is shorter.
+struct AdamBlock {
+  const void* grad;
+  void* master;
+  int8_t* residual;
+  float *exp_avg, *exp_avg_sq;
+  uint8_t* codes;
+  void* absmax;
+  int64_t count;          // weights; codes after theirs are not written
+  int64_t first_element;  // in the noise
+};
+
+struct AdamStep {
+  const MaskedAdamArgs& args;
+  AdamScalars scalars;
+  int32_t step;  // counting this one
+  float grad_scale;
+};
 
 // Steps `weight` and its moments in place.
 template <class Grad>
@@ -31,15 +51,22 @@ USAF_ALWAYS_INLINE void load_block(const Master* __restrict master, float* __res
 }
 
 // Rounds `weight` to the master's type, there and in place. True if a bit of the master changed.
-template <class Master>
-USAF_ALWAYS_INLINE bool store_block(float* __restrict weight, Master* __restrict master) {
+USAF_ALWAYS_INLINE bool store_block(float* __restrict weight, float* __restrict master) {
   uint32_t difference = 0;
   for (int64_t i = 0; i < kBlockSize; ++i) {
-    const Master rounded = from_float<Master>(weight[i]);
-    const float value = to_float(rounded);
-    difference |= float_bits(value) ^ float_bits(to_float(master[i]));
-    master[i] = rounded;
-    weight[i] = value;
+    difference |= float_bits(weight[i]) ^ float_bits(master[i]);
+    master[i] = weight[i];
+  }
+  return difference != 0;
+}
+
+USAF_ALWAYS_INLINE bool store_block(float* __restrict weight, Bf16* __restrict master) {
+  uint32_t difference = 0;
+  for (int64_t i = 0; i < kBlockSize; ++i) {
+    const uint16_t rounded = to_bf16(weight[i]).bits;  // as a number: structs keep GCC from vectorising
+    difference |= static_cast<uint32_t>(rounded ^ master[i].bits);
+    master[i].bits = rounded;
+    weight[i] = to_float(Bf16{rounded});
   }
   return difference != 0;
 }

@@ -8,9 +8,9 @@
 #include <type_traits>
 
 #include "../kernel_api.h"
+#include "adam_avx512.h"
 #include "adam_block.h"
 #include "codec_generic.h"
-#include "decode_avx512.h"
 #include "encode_avx512.h"
 #include "isa.h"
 #include "moments8.h"
@@ -19,66 +19,47 @@
 namespace usaf::cpu {
 namespace {
 
-// Replaces `count` bytes of `target`; true if any differs.
-USAF_ALWAYS_INLINE bool replace(void* target, const void* value, int64_t count) {
-  const auto bytes = static_cast<size_t>(count);
-  if (std::memcmp(target, value, bytes) == 0) return false;
-  std::memcpy(target, value, bytes);
-  return true;
+// Replaces `count` bytes of `target`; true if any differs. Without a branch: whether codes change is a coin's toss.
+USAF_ALWAYS_INLINE bool replace(uint8_t* __restrict target, const uint8_t* __restrict value, int64_t count) {
+  uint8_t difference = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    difference |= static_cast<uint8_t>(target[i] ^ value[i]);
+    target[i] = value[i];
+  }
+  return difference != 0;
 }
 
-// The codec of one block, as plain loops.
-struct PlainCodec {
-  template <Format kFormat>
-  USAF_ALWAYS_INLINE static void encode(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes,
-                                        void* absmax) {
-    if constexpr (kFormat == Format::bf16) {
-      auto* out = reinterpret_cast<Bf16*>(codes);
-      for (int64_t i = 0; i < kBlockSize; ++i) {
-        out[i] = random ? to_bf16_stochastic(weight[i], random[i]) : to_bf16(weight[i]);
-      }
-    } else {
-      *static_cast<typename BlockCodec<kFormat>::Scale*>(absmax) =
-          encode_block_generic<kFormat>(weight, count, random, codes);
+template <Format kFormat>
+USAF_ALWAYS_INLINE void encode(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes,
+                               void* absmax) {
+  if constexpr (kFormat == Format::bf16) {
+    auto* out = reinterpret_cast<Bf16*>(codes);
+    for (int64_t i = 0; i < kBlockSize; ++i) {
+      out[i].bits = random ? to_bf16_stochastic(weight[i], random[i]).bits : to_bf16(weight[i]).bits;
     }
+  } else {
+    *static_cast<typename BlockCodec<kFormat>::Scale*>(absmax) =
+        encode_block_generic<kFormat>(weight, count, random, codes);
   }
-  template <Format kFormat>
-  USAF_ALWAYS_INLINE static void decode(const uint8_t* codes, const void* absmax, float* out) {
-    if constexpr (kFormat == Format::bf16) {
-      decode_bf16_generic(codes, kBlockSize, out);
-    } else {
-      decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
-    }
+}
+
+template <Format kFormat>
+USAF_ALWAYS_INLINE void decode(const uint8_t* codes, const void* absmax, float* out) {
+  if constexpr (kFormat == Format::bf16) {
+    decode_bf16_generic(codes, kBlockSize, out);
+  } else {
+    decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
   }
-};
-
-// What one block is stepped from and into, each of 64 elements: pad what is shorter.
-struct Block {
-  const void* grad;
-  void* master;
-  int8_t* residual;
-  float *exp_avg, *exp_avg_sq;
-  uint8_t* codes;
-  void* absmax;
-  int64_t count;          // weights; codes after theirs are not written
-  int64_t first_element;  // in the noise
-};
-
-struct Step {
-  const MaskedAdamArgs& args;
-  AdamScalars scalars;
-  int32_t step;  // counting this one
-  float grad_scale;
-};
+}
 
 // True if a bit of codes, absmax, master or residual changed.
-template <class Codec, Format kFormat>
-USAF_ALWAYS_INLINE bool run_block(const Step& step, const Block& block) {
+template <Format kFormat>
+USAF_ALWAYS_INLINE bool run_block(const AdamStep& step, const AdamBlock& block) {
   const MaskedAdamArgs& args = step.args;
   const bool has_master = args.mode == AdamMode::master, has_residual = args.mode == AdamMode::residual;
   alignas(64) float weight[kBlockSize], decoded[kBlockSize], unit[kBlockSize];
   if (!has_master) {
-    Codec::template decode<kFormat>(block.codes, block.absmax, weight);
+    decode<kFormat>(block.codes, block.absmax, weight);
   } else if (args.master_dtype == DType::f32) {
     load_block(static_cast<const float*>(block.master), weight);
   } else {
@@ -107,16 +88,19 @@ USAF_ALWAYS_INLINE bool run_block(const Step& step, const Block& block) {
   uint32_t random[kBlockSize];
   const bool stochastic = args.stochastic && !has_master && !has_residual;
   if (stochastic) fill_random(args.seed, step.step, block.first_element, random);
-  Codec::template encode<kFormat>(weight, block.count, stochastic ? random : nullptr, codes, scale);
-  changed |= replace(block.codes, codes, used_bytes(kFormat, block.count));
-  if constexpr (kFormat != Format::bf16) changed |= replace(block.absmax, scale, scale_bytes(kFormat));
+  encode<kFormat>(weight, block.count, stochastic ? random : nullptr, codes, scale);
+  changed |= block.count == kBlockSize ? replace(block.codes, codes, used_bytes(kFormat, kBlockSize))
+                                       : replace(block.codes, codes, used_bytes(kFormat, block.count));
+  if constexpr (kFormat != Format::bf16) {
+    changed |= replace(static_cast<uint8_t*>(block.absmax), scale, scale_bytes(kFormat));
+  }
 
   if (has_residual) {
-    Codec::template decode<kFormat>(codes, scale, decoded);
+    decode<kFormat>(codes, scale, decoded);
     residual_units<kFormat>(codes, scale, unit);
     changed |= encode_residual(weight, decoded, unit, block.residual);
   } else if (args.mode == AdamMode::eco) {
-    Codec::template decode<kFormat>(codes, scale, decoded);
+    decode<kFormat>(codes, scale, decoded);
     carry_error(step.scalars, weight, decoded, block.exp_avg_sq, block.exp_avg);
   }
   return changed;
@@ -136,8 +120,8 @@ struct Padded {
 };
 
 // A block shorter than 64.
-template <class Codec, Format kFormat>
-USAF_ALWAYS_INLINE bool run_short_block(const Step& step, const Block& block) {
+template <Format kFormat>
+USAF_ALWAYS_INLINE bool run_short_block(const AdamStep& step, const AdamBlock& block) {
   const int64_t grad_bytes = block.count * element_size(step.args.grad_dtype);
   const int64_t master_bytes = block.count * element_size(step.args.master_dtype);
   const int64_t used = used_bytes(kFormat, block.count);
@@ -145,14 +129,14 @@ USAF_ALWAYS_INLINE bool run_short_block(const Step& step, const Block& block) {
   Padded<uint8_t, kBlockSize * sizeof(Bf16)> codes;
   Padded<int8_t> residual;
   Padded<float> exp_avg, exp_avg_sq;
-  Block padded = block;
+  AdamBlock padded = block;
   padded.grad = grad.load(block.grad, grad_bytes);
   padded.master = master.load(block.master, master_bytes);
   padded.residual = residual.load(block.residual, block.count);
   padded.exp_avg = exp_avg.load(block.exp_avg, block.count);
   padded.exp_avg_sq = exp_avg_sq.load(block.exp_avg_sq, block.count);
   padded.codes = codes.load(block.codes, used);
-  const bool changed = run_block<Codec, kFormat>(step, padded);
+  const bool changed = run_block<kFormat>(step, padded);
   master.store(block.master, master_bytes);
   residual.store(block.residual, block.count);
   exp_avg.store(block.exp_avg, block.count);
@@ -189,107 +173,154 @@ class Moment {
 };
 
 template <class T>
-USAF_ALWAYS_INLINE T* advanced(T* bytes, int64_t count) {
+T* advanced(T* bytes, int64_t count) {
   using Byte = std::conditional_t<std::is_const_v<T>, const uint8_t, uint8_t>;
   return bytes ? static_cast<Byte*>(bytes) + count : nullptr;
 }
 
+// The blocks of one row, chunk by chunk of kMomentBlock weights.
+template <Format kFormat>
+class RowBlocks {
+ public:
+  RowBlocks(const MaskedAdamArgs& args, int64_t row)
+      : args_(args),
+        row_(row),
+        exp_avg_(kDynamic8Signed, args.exp_avg, args.exp_avg_absmax, row, args.cols),
+        exp_avg_sq_(kDynamic8Unsigned, args.exp_avg_sq, args.exp_avg_sq_absmax, row, args.cols) {}
+
+  void load(int64_t chunk) {
+    chunk_ = chunk;
+    size_ = std::min(kMomentBlock, args_.cols - chunk);
+    exp_avg_values_ = exp_avg_.load(chunk_, size_);
+    exp_avg_sq_values_ = exp_avg_sq_.load(chunk_, size_);
+  }
+  void store() {
+    exp_avg_.store(chunk_, size_);
+    exp_avg_sq_.store(chunk_, size_);
+  }
+  int64_t size() const { return size_; }
+
+  // The block at weight `i` of the chunk.
+  AdamBlock at(int64_t i) const {
+    constexpr int64_t kAbsmaxBytes = kFormat == Format::bf16 ? 0 : scale_bytes(kFormat);
+    const int64_t index = (chunk_ + i) / kBlockSize, element = row_ * args_.cols + chunk_ + i;
+    return {advanced(args_.grad, element * element_size(args_.grad_dtype)),
+            advanced(args_.master, element * element_size(args_.master_dtype)),
+            args_.residual ? args_.residual + element : nullptr,
+            exp_avg_values_ + i,
+            exp_avg_sq_values_ + i,
+            args_.codes + row_ * code_bytes(kFormat, args_.cols) + index * used_bytes(kFormat, kBlockSize),
+            advanced(args_.absmax, (row_ * num_blocks(kFormat, args_.cols) + index) * kAbsmaxBytes),
+            std::min(kBlockSize, size_ - i),
+            args_.first_element + element};
+  }
+
+ private:
+  const MaskedAdamArgs& args_;
+  int64_t row_, chunk_ = 0, size_ = 0;
+  Moment exp_avg_, exp_avg_sq_;
+  float *exp_avg_values_ = nullptr, *exp_avg_sq_values_ = nullptr;
+};
+
 // True if a bit of codes, absmax, master or residual changed.
-template <class Codec, Format kFormat>
-USAF_ALWAYS_INLINE bool run_row(const Step& step, int64_t row) {
-  const MaskedAdamArgs& args = step.args;
-  const int64_t cols = args.cols;
-  Moment exp_avg(kDynamic8Signed, args.exp_avg, args.exp_avg_absmax, row, cols);
-  Moment exp_avg_sq(kDynamic8Unsigned, args.exp_avg_sq, args.exp_avg_sq_absmax, row, cols);
-  const int64_t absmax_bytes = kFormat == Format::bf16 ? 0 : scale_bytes(kFormat);
-  uint8_t* codes = args.codes + row * code_bytes(kFormat, cols);
-  auto* absmax = static_cast<uint8_t*>(args.absmax) + row * num_blocks(kFormat, cols) * absmax_bytes;
+template <Format kFormat>
+USAF_ALWAYS_INLINE bool run_row(const AdamStep& step, int64_t row) {
+  RowBlocks<kFormat> blocks(step.args, row);
   bool changed = false;
-  for (int64_t chunk = 0; chunk < cols; chunk += kMomentBlock) {
-    const int64_t chunk_size = std::min(kMomentBlock, cols - chunk);
-    float *m = exp_avg.load(chunk, chunk_size), *v = exp_avg_sq.load(chunk, chunk_size);
-    for (int64_t i = 0; i < chunk_size; i += kBlockSize) {
-      const int64_t element = row * cols + chunk + i, index = (chunk + i) / kBlockSize;
-      const Block block{advanced(args.grad, element * element_size(args.grad_dtype)),
-                        advanced(args.master, element * element_size(args.master_dtype)),
-                        args.residual ? args.residual + element : nullptr,
-                        m + i,
-                        v + i,
-                        codes + index * used_bytes(kFormat, kBlockSize),
-                        absmax + index * absmax_bytes,
-                        std::min(kBlockSize, chunk_size - i),
-                        args.first_element + element};
-      changed |= block.count == kBlockSize ? run_block<Codec, kFormat>(step, block)
-                                           : run_short_block<Codec, kFormat>(step, block);
+  for (int64_t chunk = 0; chunk < step.args.cols; chunk += kMomentBlock) {
+    blocks.load(chunk);
+    for (int64_t i = 0; i < blocks.size(); i += kBlockSize) {
+      const AdamBlock block = blocks.at(i);
+      changed |= block.count == kBlockSize ? run_block<kFormat>(step, block) : run_short_block<kFormat>(step, block);
     }
-    exp_avg.store(chunk, chunk_size);
-    exp_avg_sq.store(chunk, chunk_size);
+    blocks.store();
   }
   return changed;
 }
 
 template <Format kFormat>
-bool run_row_plain(const Step& step, int64_t row) {
-  return run_row<PlainCodec, kFormat>(step, row);
+bool run_row_plain(const AdamStep& step, int64_t row) {
+  return run_row<kFormat>(step, row);
 }
+
+using RunRow = bool (*)(const AdamStep&, int64_t);
 
 #ifdef USAF_HAS_ISA_LEVELS
 template <Format kFormat>
-USAF_AVX2 bool run_row_avx2(const Step& step, int64_t row) {
-  return run_row<PlainCodec, kFormat>(step, row);
+USAF_AVX2 bool run_row_avx2(const AdamStep& step, int64_t row) {
+  return run_row<kFormat>(step, row);
 }
 
-struct Avx512Codec {
-  template <Format kFormat>
-  USAF_AVX512 static void encode(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes,
-                                 void* absmax) {
-    if constexpr (is_nf4(kFormat)) {
-      if (count == kBlockSize && !random) {
-        *static_cast<typename BlockCodec<kFormat>::Scale*>(absmax) = encode_nf4_block<kFormat>(weight, codes);
-        return;
+template <Format kFormat>
+USAF_AVX512 bool run_row_avx512(const AdamStep& step, int64_t row) {
+  return run_row<kFormat>(step, row);
+}
+
+template <Format kFormat, AdamMode kMode, class Master, class Grad>
+USAF_AVX512 bool run_nf4_row(const AdamStep& step, int64_t row) {
+  RowBlocks<kFormat> blocks(step.args, row);
+  __m512i difference = _mm512_setzero_si512();
+  bool changed = false;
+  for (int64_t chunk = 0; chunk < step.args.cols; chunk += kMomentBlock) {
+    blocks.load(chunk);
+    for (int64_t i = 0; i < blocks.size(); i += kBlockSize) {
+      const AdamBlock block = blocks.at(i);
+      if (block.count == kBlockSize) {
+        run_nf4_block<kFormat, kMode, Master, Grad>(step, block, difference);
+      } else {
+        changed |= run_short_block<kFormat>(step, block);
       }
     }
-    PlainCodec::encode<kFormat>(weight, count, random, codes, absmax);
+    blocks.store();
   }
-  template <Format kFormat>
-  USAF_AVX512 static void decode(const uint8_t* codes, const void* absmax, float* out) {
-    if constexpr (is_nf4(kFormat)) {
-      decode_nf4_blocks<kFormat>(codes, static_cast<const typename BlockCodec<kFormat>::Scale*>(absmax), 1, out);
-    } else {
-      PlainCodec::decode<kFormat>(codes, absmax, out);
-    }
-  }
-};
+  return changed || _mm512_test_epi32_mask(difference, difference) != 0;
+}
 
-template <Format kFormat>
-USAF_AVX512 bool run_row_avx512(const Step& step, int64_t row) {
-  return run_row<Avx512Codec, kFormat>(step, row);
+template <Format kFormat, class Grad>
+RunRow nf4_row_function(const MaskedAdamArgs& args) {
+  switch (args.mode) {
+    case AdamMode::in_place:
+      return run_nf4_row<kFormat, AdamMode::in_place, float, Grad>;
+    case AdamMode::residual:
+      return run_nf4_row<kFormat, AdamMode::residual, float, Grad>;
+    case AdamMode::eco:
+      return run_nf4_row<kFormat, AdamMode::eco, float, Grad>;
+    case AdamMode::master:
+      break;
+  }
+  return args.master_dtype == DType::f32 ? run_nf4_row<kFormat, AdamMode::master, float, Grad>
+                                         : run_nf4_row<kFormat, AdamMode::master, Bf16, Grad>;
 }
 #endif
 
-using RunRow = bool (*)(const Step&, int64_t);
-
 template <Format kFormat>
-RunRow row_function_of() {
+RunRow row_function_of([[maybe_unused]] const MaskedAdamArgs& args) {
 #ifdef USAF_HAS_ISA_LEVELS
-  if (isa() == Isa::avx512) return run_row_avx512<kFormat>;
+  if (isa() == Isa::avx512) {
+    if constexpr (is_nf4(kFormat)) {
+      return args.grad_dtype == DType::f32 ? nf4_row_function<kFormat, float>(args)
+                                           : nf4_row_function<kFormat, Bf16>(args);
+    } else {
+      return run_row_avx512<kFormat>;
+    }
+  }
   if (isa() == Isa::avx2) return run_row_avx2<kFormat>;
 #endif
   return run_row_plain<kFormat>;
 }
 
-RunRow row_function(Format format) {
-  switch (format) {
+RunRow row_function(const MaskedAdamArgs& args) {
+  switch (args.format) {
     case Format::bf16:
-      return row_function_of<Format::bf16>();
+      return row_function_of<Format::bf16>(args);
     case Format::nf4:
-      return row_function_of<Format::nf4>();
+      return row_function_of<Format::nf4>(args);
     case Format::nf4_f16:
-      return row_function_of<Format::nf4_f16>();
+      return row_function_of<Format::nf4_f16>(args);
     case Format::int8:
-      return row_function_of<Format::int8>();
+      return row_function_of<Format::int8>(args);
     case Format::fp8:
-      return row_function_of<Format::fp8>();
+      return row_function_of<Format::fp8>(args);
   }
   throw std::invalid_argument("format: unknown");
 }
@@ -299,7 +330,7 @@ RunRow row_function(Format format) {
 void masked_adam(const MaskedAdamArgs& args, void*) {
   if (args.found_inf && *args.found_inf != 0.0f) return;
   const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
-  const RunRow run_row = row_function(args.format);
+  const RunRow run_row = row_function(args);
   std::atomic<bool> changed{false};
   parallel_for(args.num_rows, args.cols, [&](int64_t r) {
     if (args.active && !args.active[r]) return;

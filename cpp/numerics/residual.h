@@ -18,6 +18,7 @@
 namespace usaf {
 
 inline constexpr float kResidualLimit = 127.0f;
+inline constexpr float kMinResidualUnit = 1e-38f;  // so that a block of zeros divides
 
 USAF_HD constexpr float nf4_gap(int code) {
   const float below = code == 0 ? 0.0f : nf4_value(code) - nf4_value(code - 1);
@@ -44,10 +45,9 @@ USAF_HD float residual_gap(uint32_t code) {
   }
 }
 
-// Never 0, so that a block of zeros divides.
 USAF_HD float residual_unit(float gap, float step) {
   const float unit = gap * step * (1.0f / kResidualLimit);
-  return unit > 1e-38f ? unit : 1e-38f;
+  return unit > kMinResidualUnit ? unit : kMinResidualUnit;
 }
 
 // To the nearest unit, ties to even; an error that is no number becomes -127.

@@ -101,6 +101,7 @@ class MaskedAdam(torch.optim.Optimizer):
             groups.append({"params": list(self._layers), "name": "experts", "lr": lr, "weight_decay": weight_decay})
         if weights:
             groups.append({"params": weights, "name": "router", "lr": router_lr, "weight_decay": 0.0})
+        self._step_supports_amp_scaling = True  # GradScaler.step then waits for nothing; see step
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0, "seed": seed})
         device = groups[0]["params"][0].device
         self._changed = torch.zeros((), dtype=torch.int32, device=device)
@@ -139,10 +140,16 @@ class MaskedAdam(torch.optim.Optimizer):
         check_routes(self._all_layers)
         coefficients: dict[nn.Parameter, torch.Tensor] = {}
         found_inf = self._released_inf.clone()
+        # torch.amp.GradScaler.step sets these two for the call; grad_scale where gradients are not unscaled yet.
+        scaler_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if scaler_inf is not None:
+            found_inf = torch.maximum(found_inf, scaler_inf.to(found_inf.device).reshape(()))
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None or parameter in self._released:
                     continue
+                if grad_scale is not None:
+                    parameter.grad /= grad_scale
                 if group["name"] == "router":
                     found_inf = torch.maximum(found_inf, (~torch.isfinite(parameter.grad).all()).float())
                     continue
@@ -160,10 +167,18 @@ class MaskedAdam(torch.optim.Optimizer):
                 elif parameter.grad is not None:
                     self._step_router(parameter, group, found_inf)
         self._skipped.copy_(torch.where(found_inf != 0, self._skipped + 1, 0))
+        self._begin_step()
+        return loss
+
+    def _begin_step(self) -> None:
         self._released.clear()
         self._released_inf.zero_()
         self._clear_banks()
-        return loss
+
+    @property
+    def released(self) -> frozenset[nn.Parameter]:
+        """Anchors of the layers that `step_layer` has updated since the last step."""
+        return frozenset(self._released)
 
     @torch.no_grad()
     def step_layer(
@@ -340,8 +355,9 @@ class MaskedAdam(torch.optim.Optimizer):
             tensor.copy_(torch.where(found_inf.to(tensor.device) != 0, old, tensor))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, those of the banks included."""
+        """Clear all gradients, those of the banks included, and begin a step anew."""
         super().zero_grad(set_to_none)
+        self._begin_step()
         self._clear_banks()
 
     def _clear_banks(self) -> None:

@@ -53,6 +53,8 @@ class TrainConfig:
         accumulation_order: "micro_batch": one micro-batch after another. "layer": all micro-batches of a step go
             through a layer together, so that its pages move once; the same bits. Activations are then held for all of
             them (with gradient_checkpointing: one layer's, and twice hidden_size values a token for the others).
+        gradient_release: with accumulation_order "layer", update a layer's rows inside backward, so that only one
+            layer's gradient is held. max_grad_norm then bounds each layer's rows, and the routers together, by itself.
         checkpoint_every, evaluate_every: steps; 0 means at the end only (evaluation: and at step 0, always).
     """
 
@@ -92,6 +94,7 @@ class TrainConfig:
     evaluate_every: int = 0
     gradient_checkpointing: bool = False
     accumulation_order: str = "micro_batch"
+    gradient_release: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "importance_batches"):
@@ -114,6 +117,9 @@ class TrainConfig:
             raise ValueError(f"activation_threshold: expected a number in [0, 1), got {self.activation_threshold}")
         if self.max_grad_norm is not None:
             self._check_float("max_grad_norm", 0.0, exclusive=True)
+        for name in ("gradient_checkpointing", "gradient_release"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         choices: dict[str, tuple[str | None, ...]] = {
             "selection_scope": SELECTION_SCOPES,
             "selection_metric": SELECTION_METRICS,
@@ -133,6 +139,13 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        if self.gradient_release and self.accumulation_order != "layer":
+            raise ValueError(
+                "gradient_release: a layer's gradient is complete inside backward only with accumulation_order "
+                f"'layer', got {self.accumulation_order!r}"
+            )
+        if self.gradient_release and self.optimizer is None:
+            raise ValueError("gradient_release: with optimizer None nothing is updated")
         if self.density == 0 and self.router == "frozen":
             raise ValueError(
                 "density, router: density 0 trains no expert neuron and a frozen router is not trained either: nothing "

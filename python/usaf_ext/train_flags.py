@@ -73,6 +73,11 @@ _FLAGS: dict[str, tuple[Callable[[str], Any] | tuple[str, ...], str]] = {
     "evaluate_every": (int, "steps between evaluations; 0: at the end"),
 }
 
+_SWITCHES = {
+    "gradient_checkpointing": "recompute layers in backward",
+    "gradient_release": "update a layer's rows inside backward and hold one layer's gradient (order 'layer')",
+}
+
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of TrainConfig."""
@@ -86,9 +91,8 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}", default=default, help=f"{text} (default: {shown})", **options
         )
-    parser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute layers in backward (default: off)"
-    )
+    for name, text in _SWITCHES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"{text} (default: off)")
 
 
 def train_config(arguments: argparse.Namespace) -> TrainConfig:
