@@ -111,7 +111,8 @@ def train(
             trainer.begin(originals)
         else:
             trainer.restore(checkpoint)
-        trainer.run_steps()
+        with MicroBatchThreads() as trainer.threads:
+            trainer.run_steps()
     return trainer.finish()
 
 
@@ -304,7 +305,7 @@ class _Trainer:
             balanced,
             config.aux_loss_coef,
             (step_load, self.load),
-            order=config.accumulation_order,
+            threads=self.threads,
             scale=self.update.scale,
             after_backward=self.update.after_backward,
             gumbel=self.gumbel,
