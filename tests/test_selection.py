@@ -217,7 +217,7 @@ def test_bad_random_choices(arguments, message):
 
 
 def test_bad_samplings():
-    with pytest.raises(ValueError, match="sampling must be one of .*, got 'random'"):
+    with pytest.raises(ValueError, match=r"sampling must be one of .*, got 'random'"):
         select_neurons([torch.ones(2, 2)], 0.5, sampling="random")
     with pytest.raises(ValueError, match="seed must be an int of at least 0"):
         select_neurons([torch.ones(2, 2)], 0.5, sampling="proportional", seed=-1)

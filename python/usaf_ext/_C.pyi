@@ -76,6 +76,7 @@ class ExpertPager:
 
 class ExpertSweep:
     def __init__(self, pager: ExpertPager) -> None: ...
+    def rethrow_failure(self, text: str) -> None: ...
 
 class RowBank:
     def __init__(

@@ -15,6 +15,7 @@ from torch import nn
 
 from .atomic import atomic_file
 from .bank import RowBank
+from .bank_rows import KEPT_BY_MODE
 from .errors import StoreError
 from .experts import PagedLayer, expert_store, paged_layers, trained_banks
 from .router import find_routers, train_routers, trained_routers
@@ -23,7 +24,6 @@ DELTA_FORMAT_VERSION = 2  # 1: without frozen rows
 DELTA_KIND = "usaf_delta"
 _METADATA_KEY = "usaf"
 _ROWS = ("neuron_expert", "neuron_index", "codes", "absmax")
-_ROWS_OF_MODE = {"master": (*_ROWS, "master"), "in_place": _ROWS}
 
 
 def _digest(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
@@ -81,7 +81,8 @@ class Delta:
 
     Attributes:
         fingerprint: of the base model (None: a store made from plain tensors). format, mode: as in RowBank.
-        banks: layer name -> {"neuron_expert", "neuron_index", "codes", "absmax"[, "master"]}, as in RowBank, on CPU.
+        banks: layer name -> {"neuron_expert", "neuron_index", "codes", "absmax"[, "master" or "residual"]}, as in
+            RowBank, on the CPU.
         frozen: the same of the rows that re-selection froze, of the layers that have any.
         routers: router name -> float32 weight [num_experts, hidden_size].
     """
@@ -138,7 +139,10 @@ def read_delta(path: str | Path) -> Delta:
     header, tensors = read_checked(Path(path), DELTA_KIND, DELTA_FORMAT_VERSION)
     try:
         mode = header["mode"]
-        rows = _ROWS_OF_MODE[mode]
+        if mode not in KEPT_BY_MODE:
+            raise StoreError(f"{path}: mode {mode!r} is unknown to this usaf_ext")
+        kept = KEPT_BY_MODE[mode]
+        rows = _ROWS if kept is None else (*_ROWS, kept)
         banks = {layer: {name: tensors[f"{layer}.{name}"] for name in rows} for layer in header["layers"]}
         frozen = {
             layer: {name: tensors[f"{layer}.frozen.{name}"] for name in rows} for layer in header.get("frozen", [])
@@ -192,6 +196,7 @@ def apply_delta(model: nn.Module, delta: Delta, *, trainable: bool = True, **opt
 def _bank_of(layer: PagedLayer, delta: Delta, rows: dict[str, torch.Tensor] | None, **options: Any) -> RowBank | None:
     if rows is None:
         return None
+    own: dict[str, Any] = {name: tensor.clone() for name, tensor in rows.items()}
     try:
         return RowBank(
             layer=layer.index,
@@ -201,7 +206,7 @@ def _bank_of(layer: PagedLayer, delta: Delta, rows: dict[str, torch.Tensor] | No
             hidden_size=layer.hidden_size,
             intermediate_size=layer.intermediate_size,
             device=layer.anchor.device,
-            **{name: tensor.clone() for name, tensor in rows.items()},
+            **own,
             **options,
         )
     except (TypeError, ValueError) as error:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +25,7 @@ from .experts import expert_memory, expert_store, paged_layers
 from .gumbel import GumbelNoise, check_gumbel, train_gumbel_routers
 from .interrupt import InterruptFlag
 from .plots import plot_expert_load, plot_loss
+from .reselection import reselect
 from .router import CollapsedLayer, LoadTracker, check_balanceable, find_routers, train_routers
 from .run_folder import Checkpoint, RunFolder, rng_states, set_rng_states
 from .selection import Selection, attach, compute_importance, select_neurons, select_random
@@ -103,12 +104,12 @@ def train(
         originals = getattr(model, "usaf_originals", None)
     run = _open_run(model, config, Path(out_dir), base, resume)
     with InterruptFlag() as interrupt:
-        trainer = _Trainer(model, dataset, config, run, eval_datasets or {}, callbacks, interrupt)
+        trainer = _Trainer(model, dataset, config, run, originals, eval_datasets or {}, callbacks, interrupt)
         checkpoint = run.latest_checkpoint() if resume else None
         last = -1 if checkpoint is None else checkpoint.step
         run.rewrite_log(lambda record: record["step"] <= last)
         if checkpoint is None:
-            trainer.begin(originals)
+            trainer.begin()
         else:
             trainer.restore(checkpoint)
         with MicroBatchThreads() as trainer.threads:
@@ -159,12 +160,14 @@ class _Trainer:
         dataset: Sequences,
         config: TrainConfig,
         run: RunFolder,
+        originals: ModelSource | None,
         eval_datasets: Mapping[str, Sequences],
         callbacks: Sequence[Callable[[dict[str, Any]], None]],
         interrupt: InterruptFlag,
     ) -> None:
         self.model, self.dataset, self.config, self.run = model, dataset, config, run
-        self.eval_datasets, self.callbacks, self.interrupt = eval_datasets, callbacks, interrupt
+        self.originals, self.eval_datasets = originals, eval_datasets
+        self.callbacks, self.interrupt = callbacks, interrupt
         self.layers = paged_layers(model)
         self.device = self.layers[0].anchor.device
         self.order = BatchOrder(len(dataset), config.batch_size, config.seed)
@@ -185,11 +188,12 @@ class _Trainer:
 
     # Beginning
 
-    def begin(self, originals: ModelSource | None) -> None:
+    def begin(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
         for layer in self.layers:
             layer.set_bank(None)
+            layer.set_frozen_bank(None)
         self.evaluate()  # before anything is touched
         self.model.train()
         if config.density > 0:
@@ -197,25 +201,29 @@ class _Trainer:
             attach(
                 self.model,
                 selection,
-                originals=originals,
+                originals=self.originals,
                 mode=config.mode,
                 master_dtype=MASTER_DTYPES[config.master_dtype],
+                **config.bank_options(),
             )
-            self._log({"event": "selection", "neurons": selection.num_neurons, "density": selection.density})
         self._prepare()
+        if config.density > 0:
+            record = {"neurons": selection.num_neurons, "density": selection.density}
+            self._log({"event": "selection", **record, "bank_bytes": self.update.optimizer.bank_bytes()})
 
     def _select(self) -> Selection:
         config = self.config
         if config.selection_metric == "random":
             sizes = [(layer.num_experts, layer.intermediate_size) for layer in self.layers]
             return select_random(sizes, config.density, config.selection_scope, config.seed)
-        importance = compute_importance(self.model, self._importance_batches(), config.selection_metric)
+        batches = self._importance_batches(BatchOrder(len(self.dataset), config.batch_size, config.seed))
+        importance = compute_importance(self.model, batches, config.selection_metric)
         return select_neurons(
             importance, config.density, config.selection_scope, config.selection_sampling, config.seed
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        apply_delta(self.model, checkpoint.delta)
+        apply_delta(self.model, checkpoint.delta, **self.config.bank_options())
         self.model.train()
         self._prepare()
         self.update.load_state_dict(checkpoint.optimizer, checkpoint.state)
@@ -231,18 +239,21 @@ class _Trainer:
     def _prepare(self) -> None:
         """Routers and optimizer, once the banks are there."""
         config = self.config
-        self.banks: list[RowBank | None] = [layer.bank for layer in self.layers]
         self.routers: dict[str, nn.Module] = {}
         if self.gumbel is not None:
             self.routers = train_gumbel_routers(self.model, self.gumbel)
         elif config.router == "topk":
             self.routers = train_routers(self.model)
         self.update = Update(self.model, self.layers, config)
+        self._hold_banks()
 
-    def _importance_batches(self) -> Iterator[torch.Tensor]:
-        order = BatchOrder(len(self.dataset), self.config.batch_size, self.config.seed)
+    def _hold_banks(self) -> None:
+        """Remember the banks, for the router's warm-up takes them out."""
+        self.banks: list[RowBank | None] = [layer.bank for layer in self.layers]
+
+    def _importance_batches(self, order: BatchOrder) -> Iterator[torch.Tensor]:
         for _ in tqdm(range(self.config.importance_batches), desc="importance", disable=None):
-            if self.interrupt.set_by:
+            if self.interrupt.set_by and self.step == 0:
                 raise KeyboardInterrupt("stopped while measuring importance; nothing was trained yet")
             yield self._batch(next(order))
 
@@ -262,6 +273,8 @@ class _Trainer:
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_second']:.0f}")
                 done = self.step == config.steps
+                if config.reselects_after(self.step):
+                    self._reselect()
                 if done or (config.evaluate_every and self.step % config.evaluate_every == 0):
                     self.evaluate()
                 if not self.update.is_control and (done or self.step % _PROGRESS_CHECK_STEPS == 0):
@@ -272,6 +285,23 @@ class _Trainer:
                     callback(record)
                 if self.interrupt.set_by and not done:
                     self._stop()
+
+    def _reselect(self) -> None:
+        config = self.config
+        # An order of its own for each step: what is drawn does not depend on where the run was resumed.
+        batches = self._importance_batches(BatchOrder(len(self.dataset), config.batch_size, config.seed + self.step))
+        importance = compute_importance(self.model, batches, config.selection_metric, keep_banks=True)
+        done = reselect(
+            self.model,
+            self.update.optimizer,
+            importance,
+            fraction=config.reselect_fraction,
+            scope=config.selection_scope,
+            originals=self.originals,
+            master_dtype=MASTER_DTYPES[config.master_dtype],
+        )
+        self._hold_banks()
+        self._log({"event": "reselection", **asdict(done), "bank_bytes": self.update.optimizer.bank_bytes()})
 
     def _check_progress(self) -> None:
         self.update.optimizer.check_progress()

@@ -43,6 +43,7 @@ class Update:
             router_lr=config.router_learning_rate,
             weight_decay=config.weight_decay,
             seed=config.seed,
+            moments=config.moments,
         )
         self.num_parameters = 0 if self.is_control else self.optimizer.num_parameters
         self._scheduler = config.scheduler(self.optimizer)
