@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import _C
 from .errors import UsafError
 from .experts import run_op
 
@@ -31,18 +32,21 @@ class _Abandoned(BaseException):
 
 
 class _ThreadState:
-    """What torch keeps for each thread, as it is where this is made: modes of autograd and autocast, and the stream."""
+    """What torch keeps for each thread, as it is where this is made: autograd, autocast, threads to use, the stream."""
 
     def __init__(self, device: torch.device) -> None:
         kind = device.type
         self._device = device
         self._grad = torch.is_grad_enabled()
+        self._num_threads = torch.get_num_threads()
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self._stream = torch.cuda.current_stream(device) if kind == "cuda" else None
 
     @contextlib.contextmanager
     def entered(self):
         kind, dtype, enabled = self._autocast
+        if torch.get_num_threads() != self._num_threads:
+            torch.set_num_threads(self._num_threads)
         with (
             torch.cuda.stream(self._stream),  # of None: nothing
             torch.autocast(kind, dtype=dtype, enabled=enabled),
@@ -54,15 +58,15 @@ class _ThreadState:
 
 
 class _MicroBatch(threading.Thread):
-    """A thread for one micro-batch at a time. It runs only while another one is in `go_on`: to the next experts that its
-    body calls, or to the body's end. It outlives the body: libraries keep what they prepared for each thread."""
+    """A thread for one micro-batch at a time. It runs only while another one is in `go_on`: to the next experts that
+    its body calls, or to the body's end. It outlives the body, since libraries keep what they prepared for a thread."""
 
     def __init__(self, number: int) -> None:
         super().__init__(name=f"micro-batch-{number}", daemon=True)
         self._changed = threading.Condition()
         self._state = "idle"  # "idle" without a body, "running", or "waiting" for its experts
         self._abandoned = self._ended = False
-        self._body: Callable[[], Any]
+        self._body: Callable[[], Any] | None = None
         self.request: tuple[Any, tuple[Any, ...]] | None = None  # the expert op it waits for, and its arguments
         self.reply: Any = None
         self.result: Any = None
@@ -95,7 +99,7 @@ class _MicroBatch(threading.Thread):
                 self._set("running")
             self._changed.wait_for(lambda: self._state == "idle")
             self._abandoned = False
-        self.request = self.reply = self.result = self._error = None
+        self._body = self.request = self.reply = self.result = self._error = None
 
     def end(self) -> None:
         self.abandon()
@@ -110,15 +114,17 @@ class _MicroBatch(threading.Thread):
                 self._changed.wait_for(lambda: self._state == "running" or self._ended)
             if self._ended:
                 return
+            assert self._body is not None
             try:
                 self.result = self._body()
             except BaseException as error:
                 self._error = error
-            del self._body
+            _C.release_thread_pool()
             with self._changed:
                 self._set("idle")
 
     def meet(self, op: Any, args: tuple[Any, ...]) -> Any:
+        _C.release_thread_pool()
         with self._changed:
             if not self._abandoned:
                 self.request = (op, args)
