@@ -148,6 +148,18 @@ void encode_row(Format format, const T* weight, int64_t cols, uint8_t* codes, vo
   std::memset(codes + used, 0, static_cast<size_t>(code_bytes(format, cols) - used));
 }
 
+void decode_rows_of(Format format, const EncodedRows& rows, int64_t num_rows, int64_t cols, Bf16* out,
+                    int64_t out_stride) {
+  with_format(format, [&]<Format kFormat>() {
+    with_isa([&]<class Set>() {
+      for (int64_t r = 0; r < num_rows; ++r) {
+        Set::template decode_row<kFormat>(rows.codes + r * rows.code_stride, rows.absmax + r * rows.scale_stride, cols,
+                                          out + r * out_stride);
+      }
+    });
+  });
+}
+
 template void decode_row(Format, const uint8_t*, const void*, int64_t, float*);
 template void decode_row(Format, const uint8_t*, const void*, int64_t, Bf16*);
 template void decode_row(Format, const uint8_t*, const void*, int64_t, F16*);
