@@ -229,8 +229,10 @@ class _Trainer:
         self._hold_banks()
 
     def _hold_banks(self) -> None:
-        """Remember the banks, for the router's warm-up takes them out."""
+        """Remember the banks, for the router's warm-up takes them out; and count them against the host budget."""
         self.banks: list[RowBank | None] = [layer.bank for layer in self.layers]
+        if self.config.placement == "host":
+            self.layers[0].memory.reserve_host(self.update.optimizer.bank_bytes()["host"])
 
     def _importance_batches(self, order: BatchOrder) -> Iterator[torch.Tensor]:
         for _ in tqdm(range(self.config.importance_batches), desc="importance", disable=None):
