@@ -194,7 +194,8 @@ void bind_pager(py::module_& m) {
       .def("reset_stats", &ExpertPager::reset_stats);
 
   py::class_<ExpertSweep, std::shared_ptr<ExpertSweep>>(m, "ExpertSweep")
-      .def(py::init<std::shared_ptr<ExpertPager>>(), py::arg("pager"));
+      .def(py::init<std::shared_ptr<ExpertPager>>(), py::arg("pager"))
+      .def("rethrow_failure", &ExpertSweep::rethrow_failure, py::arg("text"));
 }
 
 void bind_layer(py::module_& m) {

@@ -197,12 +197,20 @@ def test_step_and_zero_grad_clear_the_banks(tiny_checkpoint):
     assert all(layer.anchor.item() == 0 for layer in paged_layers(model))
 
 
-@pytest.mark.parametrize("mode", ["master", "in_place"])
-def test_state_dict_continues_bit_for_bit(tiny_checkpoint, mode):
+@pytest.mark.parametrize(
+    ("mode", "moments", "placement"),
+    [
+        ("master", "fp32", "device"),
+        ("in_place", "8bit", "device"),
+        ("residual", "8bit", "host"),
+        ("eco", "fp32", "host"),
+    ],
+)
+def test_state_dict_continues_bit_for_bit(tiny_checkpoint, mode, moments, placement):
     def fresh():
-        model = banked_model(tiny_checkpoint, mode=mode)
+        model = banked_model(tiny_checkpoint, mode=mode, placement=placement)
         train_routers(model)
-        return model, MaskedAdam(model, lr=1e-2, seed=7)
+        return model, MaskedAdam(model, lr=1e-2, seed=7, moments=moments)
 
     def steps(model, optimizer, seeds):
         for seed in seeds:
@@ -219,9 +227,9 @@ def test_state_dict_continues_bit_for_bit(tiny_checkpoint, mode):
     saved = torch.load(buffer, weights_only=True)
     twin, other = fresh()
     for mine, theirs in zip(paged_layers(twin), paged_layers(model)):
-        for name in ("codes", "absmax", "master"):
-            if getattr(mine.bank, name) is not None:
-                getattr(mine.bank, name).copy_(getattr(theirs.bank, name))
+        for name, rows in mine.bank.rows.items():
+            rows.copy_(theirs.bank.rows[name])
+        mine.bank.publish()
     for mine, theirs in zip(trained_routers(twin).values(), trained_routers(model).values()):
         mine.weight.data.copy_(theirs.weight)
     other.load_state_dict(saved)
@@ -355,6 +363,7 @@ def test_bad_arguments(tiny_checkpoint):
         ({"betas": (1.0, 0.9)}, "betas"),
         ({"eps": -1.0}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay"),
+        ({"moments": "4bit"}, "moments"),
     ]:
         with pytest.raises(ValueError, match=message):
             MaskedAdam(model, **arguments)
@@ -371,4 +380,6 @@ def test_state_of_another_selection_is_refused(tiny_checkpoint):
     other = MaskedAdam(model)
     with pytest.raises(ValueError, match="another selection"):
         other.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"expected \['exp_avg', 'exp_avg_absmax'"):
+        MaskedAdam(model, moments="8bit").load_state_dict(saved)
     assert other.state_dict()["state"] == {}

@@ -19,6 +19,7 @@ BUDGET = {
     "lr_warmup_steps": 10,
     "max_grad_norm": 1.0,
     "weight_decay": 0.0,
+    "activation_threshold": 0.0,
 }
 VALIDATION_SEQUENCES = 128
 
@@ -126,10 +127,11 @@ CELLS: tuple[Cell, ...] = (
     Cell("unit_block", "blocks of 64, emulated", 0.02, kind="blocks", config=_NEURONS),
     _selection("select_gradient_weight", "|g*w|, top", 0.02, selection_metric="gradient_weight"),
     _selection("select_proportional", "|g|^2, sampled in proportion", 0.02, selection_sampling="proportional"),
-    _selection("select_random", "random", 0.02, selection_sampling="random"),
+    _selection("select_random", "random", 0.02, selection_metric="random"),
     _selection("density_0.5%", "0.5%", 0.02, density=0.005),
     _selection("density_1%", "1%", 0.02, density=0.01),
     _selection("density_5%", "5%", 0.02, density=0.05),
+    _selection("threshold_0.1", "experts under 0.1 of the mean load get no gradient", 0.02, activation_threshold=0.1),
     _mode("nf4", "master", 0.02, moments="8bit"),
     _mode("nf4", "eco", 0.02, "stochastic", moments="8bit"),
     *(
@@ -199,6 +201,9 @@ QUESTIONS: tuple[Question, ...] = (
         "Which neurons: importance or random", (BASE, "select_gradient_weight", "select_proportional", "select_random")
     ),
     Question("Density", (BASE, "density_0.5%", "density_1%", "density_5%")),
+    Question(
+        "Activation threshold", (BASE, "threshold_0.1"), "Off in every other cell; by the counts of the step before."
+    ),
     Question(
         "Moments: fp32 or 8 bit",
         (BASE, "nf4_master_8bit", "nf4_eco_stochastic", "nf4_eco_stochastic_8bit"),

@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import UsafError
+from .experts import run_op
 
 Result = TypeVar("Result")
 
@@ -117,12 +118,13 @@ class _Meeting(TorchDispatchMode):
 
 def _joint_forward(calls: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
     x, index, weights, _anchors, handles, training = zip(*calls)
-    return torch.ops.usaf.experts_forward_many(x, index, weights, handles[0], training[0])
+    return run_op(torch.ops.usaf.experts_forward_many, handles[0], x, index, weights, handles[0], training[0])
 
 
 def _joint_backward(calls: Sequence[tuple[Any, ...]]) -> list[tuple[torch.Tensor, ...]]:
     grad_out, x, index, weights, handles = zip(*calls)
-    grad_x, grad_weights, grad_anchor = torch.ops.usaf.experts_backward_many(grad_out, x, index, weights, handles[0])
+    op = torch.ops.usaf.experts_backward_many
+    grad_x, grad_weights, grad_anchor = run_op(op, handles[0], grad_out, x, index, weights, handles[0])
     # The sum of all increments goes to the first, so that the others add zeros to it.
     increments = [grad_anchor] + [torch.zeros_like(grad_anchor) for _ in calls[1:]]
     return list(zip(grad_x, grad_weights, increments))

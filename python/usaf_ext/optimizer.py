@@ -16,7 +16,7 @@ from .errors import UsafError
 from .experts import PagedLayer, check_routes, paged_layers
 from .router import trained_routers
 
-MOMENTS = ("fp32",)
+MOMENTS = ("fp32", "8bit")
 MAX_SKIPPED_STEPS = 10  # non-finite gradients this often in a row are no accident
 # An anchor's gradient is a sum of fp32 increments, so without clipping it is the bank's norm but for rounding.
 _UNCLIPPED = 2.0**-17
@@ -42,24 +42,26 @@ def _not_finite(*values: torch.Tensor) -> torch.Tensor:
 
 
 class MaskedAdam(torch.optim.Optimizer):
-    """AdamW on the selected expert rows (fp32 moments, a step count per row) and on the trained routers.
+    """AdamW on the selected expert rows (a step count per row) and on the trained routers.
 
     Parameter groups: "experts" holds the anchors of the layers with a bank, "router" the fp32 router weights (absent
-    when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first
-    step where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once.
-    torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's
-    gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and
-    so does a ratio that is 1 but for rounding).
+    when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first step
+    where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once.
+
+    torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's gradient, and
+    what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and so does a ratio
+    that is 1 but for rounding).
 
     Rows of experts without tokens since the last step keep every bit. If any gradient is not finite, the whole step is
     skipped and no bit changes. `step` clears bank gradients and anchor gradients; router gradients are left to
-    zero_grad. Rounding noise of mode "in_place" is keyed by `seed`.
+    zero_grad. Rounding noise is keyed by `seed`.
 
     Args:
         model: a model with paged experts, or its PagedLayers (then no router is trained).
         lr: learning rate of the expert rows. router_lr: of the routers, `lr` when None.
         betas, eps, weight_decay: as torch.optim.AdamW; the decay is decoupled and applies to expert rows only.
-        moments: "fp32", or "8bit": block-wise 8-bit moments of the expert rows (the routers' stay fp32).
+        moments: "fp32", or "8bit": block-wise 8-bit moments of the expert rows (ops.empty_moments8; the routers' stay
+            fp32).
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class MaskedAdam(torch.optim.Optimizer):
             groups.append({"params": list(self._layers), "name": "experts", "lr": lr, "weight_decay": weight_decay})
         if weights:
             groups.append({"params": weights, "name": "router", "lr": router_lr, "weight_decay": 0.0})
+        self._step_supports_amp_scaling = True  # GradScaler.step then waits for nothing; see step
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0, "seed": seed})
         device = groups[0]["params"][0].device
         self._changed = torch.zeros((), dtype=torch.int32, device=device)
@@ -137,10 +140,16 @@ class MaskedAdam(torch.optim.Optimizer):
         check_routes(self._all_layers)
         coefficients: dict[nn.Parameter, torch.Tensor] = {}
         found_inf = self._released_inf.clone()
+        # torch.amp.GradScaler.step sets these two for the call; grad_scale where gradients are not unscaled yet.
+        scaler_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if scaler_inf is not None:
+            found_inf = torch.maximum(found_inf, scaler_inf.to(found_inf.device).reshape(()))
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None or parameter in self._released:
                     continue
+                if grad_scale is not None:
+                    parameter.grad /= grad_scale
                 if group["name"] == "router":
                     found_inf = torch.maximum(found_inf, (~torch.isfinite(parameter.grad).all()).float())
                     continue
@@ -158,10 +167,18 @@ class MaskedAdam(torch.optim.Optimizer):
                 elif parameter.grad is not None:
                     self._step_router(parameter, group, found_inf)
         self._skipped.copy_(torch.where(found_inf != 0, self._skipped + 1, 0))
+        self._begin_step()
+        return loss
+
+    def _begin_step(self) -> None:
         self._released.clear()
         self._released_inf.zero_()
         self._clear_banks()
-        return loss
+
+    @property
+    def released(self) -> frozenset[nn.Parameter]:
+        """Anchors of the layers that `step_layer` has updated since the last step."""
+        return frozenset(self._released)
 
     @torch.no_grad()
     def step_layer(
@@ -225,10 +242,14 @@ class MaskedAdam(torch.optim.Optimizer):
             format=bank.format,
             mode=bank.mode,
             master=bank.master,
+            residual=bank.residual,
+            exp_avg_absmax=state.get("exp_avg_absmax"),
+            exp_avg_sq_absmax=state.get("exp_avg_sq_absmax"),
             active=bank.active_rows(),
             grad_scale=coefficient.float().to(device),
             found_inf=found_inf.to(device),
             changed=changed,
+            stochastic=bank.rounding == "stochastic",
             seed=group["seed"],
             # All candidates of the layers below: the noise depends neither on their banks nor on the order of stepping.
             first_element=layer.index * bank.num_candidates,
@@ -240,7 +261,11 @@ class MaskedAdam(torch.optim.Optimizer):
         """Moments and step counts of neurons that have not made a step, where the bank's update runs."""
         shape = (num_neurons, *bank.codes.shape[1:2], bank.hidden_size)
         state = {"step": torch.zeros(shape[:2], dtype=torch.int32)}
-        state |= {name: torch.zeros(shape, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+        for name in ("exp_avg", "exp_avg_sq"):
+            if self.moments == "8bit":
+                state[name], state[f"{name}_absmax"] = ops.empty_moments8(shape)
+            else:
+                state[name] = torch.zeros(shape, dtype=torch.float32)
         return {name: _placed(tensor, bank) for name, tensor in state.items()}
 
     def _gradient(self, bank: RowBank) -> torch.Tensor:
@@ -330,8 +355,9 @@ class MaskedAdam(torch.optim.Optimizer):
             tensor.copy_(torch.where(found_inf.to(tensor.device) != 0, old, tensor))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, those of the banks included."""
+        """Clear all gradients, those of the banks included, and begin a step anew."""
         super().zero_grad(set_to_none)
+        self._begin_step()
         self._clear_banks()
 
     def _clear_banks(self) -> None:
@@ -383,4 +409,5 @@ class MaskedAdam(torch.optim.Optimizer):
                     )
         of_routers = {n: entry for n, entry in state_dict["state"].items() if params[n] not in rows}
         super().load_state_dict({**state_dict, "state": of_routers})
-        self.state.update(rows)  # torch's own loading would cast them to the anchor's dtype and device
+        for anchor, entry in rows.items():  # torch's own loading would cast them to the anchor's dtype and device
+            self.state[anchor] = entry

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SELECTION_SCOPES = ("model", "layer")
 SELECTION_METRICS = (*IMPORTANCE_METRICS, "random")
 SELECTION_SAMPLINGS = ("top", "proportional")
+FLOAT16_SCALE = 2.0**16  # the first scale of the loss in float16, as torch.amp.GradScaler's
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ def compute_importance(
 
     Each batch (input_ids, int64 [B, T]) gives one mean next-token loss, one backward and no update. Banks are left out
     meanwhile (keep_banks: they stay, so that it is the importance in the model as trained so far; their gradients are
-    cleared), gradients of other parameters are cleared. Raises ValueError for an unknown metric, when `batches` is
-    empty, a loss is not finite, or the model has no paged experts.
+    cleared), gradients of other parameters are cleared. A model that computes in float16 runs backward from a scaled
+    loss, halved and run again where that overflows. Raises ValueError for an unknown metric, when `batches` is empty,
+    a loss is not finite, or the model has no paged experts.
     """
     if metric not in IMPORTANCE_METRICS:
         raise ValueError(f"metric must be one of {IMPORTANCE_METRICS}, got {metric!r}")
@@ -64,14 +66,21 @@ def compute_importance(
         for layer in layers:
             layer.set_bank(None)
     importance = [layer.begin_importance(metric) for layer in layers]
+    scale = _LossScale(importance, metric, FLOAT16_SCALE if layers[0].memory.dtype == torch.float16 else 1.0)
     try:
         for input_ids in batches:
-            total, count = causal_lm_loss(model, input_ids)
-            loss = total / count
-            if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the loss of importance batch {num_batches} is {loss.item()}, not a finite number")
-            loss.backward()
+            accepted = False
+            while not accepted:
+                total, count = causal_lm_loss(model, input_ids)
+                loss = total / count
+                if not bool(torch.isfinite(loss)):
+                    raise ValueError(
+                        f"the loss of importance batch {num_batches} is {loss.item()}, not a finite number"
+                    )
+                (loss * scale.factor).backward()
+                accepted = scale.accept()
             num_batches += 1
+        scale.remove()
     finally:
         for layer, bank in zip(layers, banks):
             layer.end_importance()
@@ -83,6 +92,33 @@ def compute_importance(
     if num_batches == 0:
         raise ValueError("batches is empty: importance needs at least one batch")
     return importance
+
+
+class _LossScale:
+    """Importance in the scale of a scaled loss until `remove`. All factors are powers of two, and so exact."""
+
+    def __init__(self, importance: Sequence[torch.Tensor], metric: str, factor: float) -> None:
+        self.factor = factor
+        self._importance = importance
+        self._power = {"gradient": 2, "gradient_weight": 1}[metric]
+        self._accepted = [values.clone() for values in importance] if factor > 1 else []
+
+    def accept(self) -> bool:
+        """Whether the latest backward did not overflow. If it did, it is undone, to be run again at half the factor."""
+        if self.factor == 1:
+            return True
+        if all(bool(torch.isfinite(values).all()) for values in self._importance):
+            for values, accepted in zip(self._importance, self._accepted):
+                accepted.copy_(values)
+            return True
+        self.factor /= 2
+        for values, accepted in zip(self._importance, self._accepted):
+            values.copy_(accepted.mul_(0.5**self._power))
+        return False
+
+    def remove(self) -> None:
+        for values in self._importance:
+            values /= self.factor**self._power
 
 
 def select_neurons(
