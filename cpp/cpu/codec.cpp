@@ -128,6 +128,8 @@ void with_format(Format format, const Body& body) {
   }
 }
 
+constexpr int64_t kCacheLine = 64;
+
 int64_t absmax_bytes(Format format, int64_t cols) { return num_blocks(format, cols) * scale_bytes(format); }
 
 }  // namespace
@@ -153,6 +155,9 @@ void decode_rows_of(Format format, const EncodedRows& rows, int64_t num_rows, in
   with_format(format, [&]<Format kFormat>() {
     with_isa([&]<class Set>() {
       for (int64_t r = 0; r < num_rows; ++r) {
+        const uint8_t* ahead = rows.codes + (r + rows.prefetch) * rows.code_stride;
+        for (int64_t i = 0; i < used_bytes(kFormat, cols); i += kCacheLine) __builtin_prefetch(ahead + i, 0, 2);
+        __builtin_prefetch(rows.absmax + (r + rows.prefetch) * rows.scale_stride, 0, 2);
         Set::template decode_row<kFormat>(rows.codes + r * rows.code_stride, rows.absmax + r * rows.scale_stride, cols,
                                           out + r * out_stride);
       }

@@ -15,11 +15,12 @@ template <class T>
 void decode_row(Format format, const uint8_t* codes, const void* absmax, int64_t cols, T* out);
 
 // Where the first of several encoded rows (or pieces of rows that start at a whole block) stands, and how far apart
-// they are, in bytes.
+// they are, in bytes. While a row is decoded, the one `prefetch` rows further is asked for.
 struct EncodedRows {
   const uint8_t* codes;
   const uint8_t* absmax;
   int64_t code_stride, scale_stride;
+  int64_t prefetch;
 };
 
 // decode_row for `num_rows` rows of `cols` weights; out_stride in elements.

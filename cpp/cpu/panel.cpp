@@ -30,7 +30,7 @@ void decode_tile(const EncodedMatrix& matrix, int64_t first_row, int64_t num_row
   const auto rows_of = [&](const uint8_t* codes, const void* absmax, int64_t row) {
     return EncodedRows{codes + row * code_stride + code_offset,
                        static_cast<const uint8_t*>(absmax) + row * scale_stride + scale_offset, code_stride,
-                       scale_stride};
+                       scale_stride, num_rows};
   };
   decode_rows_of(matrix.format, rows_of(matrix.codes, matrix.absmax, first_row), num_rows, cols, tile, tile_stride);
   for (const RowOverlay& overlay : matrix.overlays) {

@@ -53,4 +53,13 @@ inline int64_t max_workers() {
 #endif
 }
 
+// Ends the threads that wait for the calling thread's next parallel region; they come back with it. libgomp keeps some
+// for each thread that ever had such a region, and while they outnumber the processors nobody waits actively: every
+// region of every thread then starts late (measured: 0.35 s became 0.8 s).
+inline void release_thread_pool() {
+#ifdef _OPENMP
+  omp_pause_resource_all(omp_pause_soft);
+#endif
+}
+
 }  // namespace usaf::cpu

@@ -84,7 +84,7 @@ class Delta:
         banks: layer name -> {"neuron_expert", "neuron_index", "codes", "absmax"[, "master" or "residual"]}, as in
             RowBank, on the CPU.
         routers: router name -> float32 weight [num_experts, hidden_size].
-        frozen: the same of the rows that re-selection froze, of the layers that have any.
+        frozen: as banks, of the rows that re-selection froze; layers without any are not in it.
     """
 
     fingerprint: str | None
