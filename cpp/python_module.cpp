@@ -226,6 +226,7 @@ void bind_layer(py::module_& m) {
            }),
            py::arg("sweep"), py::arg("layer"), py::arg("activation"), py::arg("dtype"), py::arg("scratch"))
       .def_property_readonly("handle", &ExpertLayer::handle)
+      .def_property_readonly("uses_panels", &panels_available)
       .def(
           "set_bank", [](ExpertLayer& self, std::shared_ptr<RowBank> bank) { self.bank = std::move(bank); },
           py::arg("bank").none(true))

@@ -12,9 +12,6 @@
 
 namespace usaf {
 
-// Whether the layer's GEMMs can run on panels now: bf16 on a CPU that has what it takes.
-bool panels_available(const ExpertLayer& layer);
-
 // The tokens that one expert has in one micro-batch, as rows of buffers that hold those of all micro-batches.
 struct Segment {
   size_t batch;
