@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "enum_names.h"
 #include "errors.h"
 #include "kernel_api.h"
@@ -277,6 +278,7 @@ PYBIND11_MODULE(_C, m) {
       "scale_dtype",
       [](const std::string& format) { return scale_bytes(parse_format(format)) == 2 ? "float16" : "float32"; },
       py::arg("format"));
+  m.def("release_thread_pool", &cpu::release_thread_pool);
   bind_store(m);
   bind_pager(m);
   bind_layer(m);
