@@ -130,7 +130,7 @@ CELLS: tuple[Cell, ...] = (
             _mode(format, "residual", 0.02),
             _mode(format, "eco", 0.02, "nearest"),
             _mode(format, "eco", 0.02, "stochastic"),
-            _mode(format, "in_place", 0.02, "nearest"),
+            _mode(format, "in_place", 0.08 if format == "nf4" else 0.02, "nearest"),
             _mode(format, "in_place", 0.02, "stochastic"),
         )
     ),
