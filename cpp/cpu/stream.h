@@ -10,7 +10,7 @@
 
 namespace usaf::cpu {
 
-inline constexpr int64_t kStreamBytes = int64_t{32} << 20;  // a result from this size on
+inline constexpr int64_t kStreamBytes = int64_t{16} << 20;  // a result from this size on
 inline constexpr int64_t kStreamAlign = 64;
 
 // Whether rows of `cols` elements, `stride` apart, may be written so.
