@@ -1,8 +1,15 @@
-"""The sizes that benchmarks (and tests of the same ops) run on: a Qwen3-30B-A3B layer."""
+"""What is measured, and tested: each op and the layer on fixed inputs, beside peers that do the same work.
+
+`op_cases.OP_CASES` maps a name to a builder; `build(shape)` gives a `Work`: our call, the peers' calls, and the bytes
+that the work must move (each input read once, each output written once). Benchmarks run it on BENCH_SHAPE, the tests on
+TEST_SHAPE, where they compare every peer's result with ours: what is timed is the same work.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +29,9 @@ class LayerCase:
             f"top-{self.top_k}, {self.num_tokens} tokens"
         )
 
+    def with_(self, **changes: int) -> LayerCase:
+        return replace(self, **changes)
+
     def inputs(self, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden, top_k_index, top_k_weights and the output's gradient, with a random softmax routing."""
         generator = torch.Generator().manual_seed(seed)
@@ -34,3 +44,44 @@ class LayerCase:
 
 
 QWEN3_30B_LAYER = LayerCase(num_experts=128, hidden_size=2048, intermediate_size=768, top_k=8, num_tokens=512)
+
+
+@dataclass(frozen=True)
+class OpShape:
+    """Sizes for the single ops.
+
+    Attributes:
+        layer: for what follows the routing. rows, trained: rows of layer.hidden_size weights, for the codec and Adam.
+        density: share of each expert's neurons that is trained.
+    """
+
+    layer: LayerCase
+    rows: int
+    trained: int
+    density: float = 0.01
+
+
+# Past every cache: 50 M weights for codec and Adam; 268 MB of permuted bf16 rows.
+BENCH_SHAPE = OpShape(QWEN3_30B_LAYER.with_(num_tokens=8192), rows=24576, trained=24576)
+TEST_SHAPE = OpShape(LayerCase(8, 192, 64, 3, 37), rows=29, trained=23, density=0.1)
+
+
+@dataclass
+class Work:
+    """One op on fixed inputs.
+
+    Attributes:
+        ours: runs the op; its result is compared with the peers'. peers: name -> the same work elsewhere.
+        size: what a reader needs to know of the inputs. moved: bytes, each input read and output written once.
+        tolerance: largest difference to a peer, relative to the largest value (0: the same bits).
+    """
+
+    size: str
+    moved: int
+    ours: Callable[[], Any]
+    peers: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    tolerance: float = 0.0
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -1,9 +1,8 @@
-"""The benchmark report: one Markdown table and one JSON under bench/results/, from pytest-benchmark's own figures.
+"""Options, the copy bandwidth, and the report of a benchmark run.
 
-    pytest bench --benchmark-enable [--report NAME]        (make bench)
+    pytest bench --benchmark-enable --benchmark-only [--report NAME]        (make bench)
 
-A case sets `benchmark.extra_info["bytes"]` (each input read once, each output written once), `["size"]` (text) and,
-for a peer, `["peer"] = True`. GB/s and the share of the copy bandwidth, measured in this run, follow from the bytes.
+Cases call `pairing.paired`. With --report, bench/results/NAME.md and NAME.json are written.
 """
 
 from __future__ import annotations
@@ -17,21 +16,22 @@ import platform
 import statistics
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+import report
 import torch
 import usaf_ext
 
 RESULTS = Path(__file__).parent / "results"
 _COPY_BYTES = 512 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_PACKAGES = ("torch", "transformers", "bitsandbytes", "experts4bit-qlora")
 
 
 def pytest_addoption(parser):
     parser.addoption("--report", default=None, help="write bench/results/NAME.md and NAME.json")
-    parser.addoption("--threads", type=int, default=None, help="torch threads (default: all)")
 
 
 def _keep_freed_memory() -> None:
@@ -45,22 +45,35 @@ def _keep_freed_memory() -> None:
 
 def pytest_configure(config):
     _keep_freed_memory()
-    if config.getoption("--threads"):
-        torch.set_num_threads(config.getoption("--threads"))
 
 
-@pytest.fixture(scope="session")
-def copy_bandwidth(request) -> float:
-    """Bytes per second, read plus written, of a large tensor copy: the measure of every other figure."""
-    source = torch.ones(_COPY_BYTES // 4)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(9):
-        start = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start)
-    request.config.usaf_copy_bandwidth = 2 * _COPY_BYTES / statistics.median(seconds)
-    return request.config.usaf_copy_bandwidth
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}_thread{'s' * (n > 1)}")
+def threads(request):
+    """Torch threads of the case."""
+    if request.param > (os.cpu_count() or 1):
+        pytest.skip(f"needs {request.param} processors")
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+_copy_bandwidths: dict[int, float] = {}
+
+
+@pytest.fixture
+def copy_bandwidth(threads) -> float:
+    """Bytes per second, read plus written, of a large tensor copy with as many threads: the measure of the ops."""
+    if threads not in _copy_bandwidths:
+        source = torch.ones(_COPY_BYTES // 4)
+        target = torch.empty_like(source)
+        seconds = []
+        for _ in range(9):
+            start = time.perf_counter()
+            target.copy_(source)
+            seconds.append(time.perf_counter() - start)
+        _copy_bandwidths[threads] = 2 * _COPY_BYTES / statistics.median(seconds)
+    return _copy_bandwidths[threads]
 
 
 def _cpu_model() -> str:
@@ -72,14 +85,20 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
 def _environment(config) -> dict:
-    packages = ("torch", "transformers", "bitsandbytes")
     return {
-        "device": f"{_cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "device": f"{_cpu_model()}, {os.cpu_count()} processors, {torch.backends.cpu.get_cpu_capability()}",
         "versions": {
             "usaf_ext": usaf_ext.__version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in packages},
+            **{name: _version(name) for name in _PACKAGES},
         },
         "command": "pytest " + " ".join(sys.argv[1:]),
         "date": datetime.date.today().isoformat(),
@@ -91,58 +110,21 @@ def pytest_sessionstart(session):
     session.config.usaf_load_average = os.getloadavg()[0]
 
 
-def _row(bench, copy_bandwidth: float | None) -> dict:
-    stats = bench.stats
-    info = bench.extra_info
-    moved = info.get("bytes")
-    row = {
-        "case": bench.name,
-        "size": info.get("size", ""),
-        "peer": bool(info.get("peer")),
-        "bytes": moved,
-        "median_ms": stats.median * 1e3,
-        "iqr_ms": stats.iqr * 1e3,
-        "rounds": stats.rounds,
-        "gb_per_s": moved / stats.median / 1e9 if moved else None,
-    }
-    row["percent_of_copy"] = 100 * moved / stats.median / copy_bandwidth if moved and copy_bandwidth else None
-    return row
-
-
-def _markdown(environment: dict, copy_bandwidth: float | None, rows: list[dict]) -> str:
-    lines = [
-        f"Device: {environment['device']}  ",
-        "Versions: " + ", ".join(f"{name} {value}" for name, value in environment["versions"].items()) + "  ",
-        f"Command: `{environment['command']}`  ",
-        f"Date: {environment['date']}, load average at start {environment['load_average_at_start']:.2f}  ",
-    ]
-    if copy_bandwidth:
-        lines.append(f"Copy bandwidth in this run (read + written): {copy_bandwidth / 1e9:.1f} GB/s")
-    lines += ["", "| case | size | bytes | median +- IQR | GB/s | % of copy |", "|---|---|---:|---:|---:|---:|"]
-    for row in rows:
-        name = f"*{row['case']}* (peer)" if row["peer"] else row["case"]
-        moved = f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] else ""
-        rate = f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else ""
-        share = f"{row['percent_of_copy']:.0f}%" if row["percent_of_copy"] else ""
-        timing = f"{row['median_ms']:.2f} +- {row['iqr_ms']:.2f} ms"
-        lines.append(f"| {name} | {row['size']} | {moved} | {timing} | {rate} | {share} |")
-    return "\n".join(lines) + "\n"
-
-
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
     benchmarks = [bench for bench in getattr(session, "benchmarks", []) if bench.stats.rounds]
     if not benchmarks:
         return
-    copy_bandwidth = getattr(config, "usaf_copy_bandwidth", None)
     environment = _environment(config)
-    rows = [_row(bench, copy_bandwidth) for bench in benchmarks]
-    text = _markdown(environment, copy_bandwidth, rows)
+    rows = report.rows_of(benchmarks, _copy_bandwidths)
+    fits = report.linear_fits(rows)
+    text = report.markdown(environment, _copy_bandwidths, rows, fits)
     terminalreporter.write_line("\n" + text)
     name = config.getoption("--report")
     if name:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.md").write_text(text)
-        result = {**environment, "copy_gb_per_s": copy_bandwidth and copy_bandwidth / 1e9, "rows": rows}
+        copies = {f"{count} threads": bandwidth / 1e9 for count, bandwidth in _copy_bandwidths.items()}
+        result = {**environment, "copy_gb_per_s": copies, "rows": rows, "linear_fits": fits}
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         terminalreporter.write_line(f"written: bench/results/{name}.md, bench/results/{name}.json")

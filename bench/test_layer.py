@@ -1,82 +1,70 @@
-"""The expert layer at a Qwen3-30B layer's size beside transformers' own experts, on the same inputs in the same run.
+"""The expert layer at a Qwen3-30B layer's size: forward + backward in bf16, 1% of the neurons trained, NF4.
 
-Ours trains 1% of the neurons; the peers compute either the input gradients only or all expert weight gradients (what
-training the experts costs without selection). Forward + backward, bf16.
+Peers on the same weights, inputs and rounds: transformers' implementations computing the input gradients only, and all
+expert weight gradients (what training the experts costs without selection), and QLoRA adapters on 4-bit experts.
 """
 
 from __future__ import annotations
 
+import layers
 import pytest
-import torch
-from cases import QWEN3_30B_LAYER as CASE
-from torch import nn
-from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-from usaf_ext.bank import RowBank
-from usaf_ext.experts import PagedExperts
+from cases import QWEN3_30B_LAYER
+from pairing import paired
 
 DENSITY = 0.01
-ROUNDS = 15
+TOKENS = (1, 32, 512, 2048)
+# batched_mm gathers a weight matrix for each (token, slot) pair: 4.7 MB each here.
+BATCHED_MM_TOKENS = 32
 
 
 @pytest.fixture(scope="module")
 def peer():
-    config = Qwen3MoeConfig(
-        hidden_size=CASE.hidden_size,
-        moe_intermediate_size=CASE.intermediate_size,
-        num_experts=CASE.num_experts,
-        num_experts_per_tok=CASE.top_k,
-    )
-    config._experts_implementation = "grouped_mm"
-    with torch.device("meta"):
-        experts = Qwen3MoeExperts(config)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in list(experts.named_parameters()):
-        weight = torch.empty(parameter.shape, dtype=torch.bfloat16)
-        for expert in range(CASE.num_experts):
-            weight[expert] = torch.randn(parameter.shape[1:], generator=generator).mul_(0.02)
-        setattr(experts, name, nn.Parameter(weight))
-    return experts
+    return layers.transformers_experts(QWEN3_30B_LAYER)
 
 
 @pytest.fixture(scope="module")
 def ours(peer):
-    gate, up = peer.gate_up_proj.detach().chunk(2, dim=1)
-    experts = PagedExperts.from_weights(gate, up, peer.down_proj.detach(), device_budget="auto")
-    per_expert = round(DENSITY * CASE.intermediate_size)
-    generator = torch.Generator().manual_seed(2)
-    index = torch.cat(
-        [
-            torch.randperm(CASE.intermediate_size, generator=generator)[:per_expert].sort().values
-            for _ in range(CASE.num_experts)
-        ]
-    ).int()
-    expert = torch.arange(CASE.num_experts, dtype=torch.int32).repeat_interleave(per_expert)
-    layer = experts.layer
-    layer.set_bank(RowBank.from_store(layer.store, 0, (expert, index)))
+    experts = layers.paged_experts(peer)
+    layers.train_neurons(experts.layer, DENSITY)
     return experts
 
 
-def _step(experts, inputs, parameters):
-    hidden, index, weights, grad = inputs
-    hidden = hidden.clone().requires_grad_()
-    weights = weights.clone().requires_grad_()
-    torch.autograd.grad(experts(hidden, index, weights), [hidden, weights, *parameters], grad)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_layer(benchmark, threads, peer, ours, num_tokens):
+    case = QWEN3_30B_LAYER.with_(num_tokens=num_tokens)
+    inputs = case.inputs()
+    implementations = ["eager", "grouped_mm"] + ["batched_mm"] * (num_tokens <= BATCHED_MM_TOKENS)
+    peers = {
+        f"transformers {name}, input gradients": layers.transformers_step(peer, inputs, name, weight_gradients=False)
+        for name in implementations
+    }
+    for name in implementations[:2]:
+        step = layers.transformers_step(peer, inputs, name, weight_gradients=True)
+        peers[f"transformers {name}, all weight gradients"] = step
+    qlora = layers.qlora_step(peer, inputs)
+    if qlora is not None:
+        peers["experts4bit-qlora, rank 8"] = qlora
+    rounds = 5 if num_tokens > 512 else 9
+    paired(benchmark, layers.ours_step(ours, inputs), peers, size=f"{case}, {DENSITY:.0%} trained", rounds=rounds)
 
 
-def test_layer_usaf_1_percent(benchmark, ours):
-    benchmark.extra_info.update(size=str(CASE))
-    benchmark.pedantic(_step, args=(ours, CASE.inputs(), [ours.usaf_anchor]), rounds=ROUNDS, warmup_rounds=1)
+@pytest.mark.parametrize("num_tokens", [512, 2048])
+def test_layer_paged_at_a_quarter(benchmark, threads, peer, ours, num_tokens):
+    memory = ours.layer.memory
+    pages = memory.store.num_experts * memory.store.layout.page_bytes
+    budget = memory.smallest_budget(memory.store, memory.dtype) + pages // 4 - 2 * memory.store.layout.page_bytes
+    paged = layers.paged_experts(peer, device_budget=budget)
+    layers.train_neurons(paged.layer, DENSITY)
+    inputs = QWEN3_30B_LAYER.with_(num_tokens=num_tokens).inputs()
+    resident = {"all pages resident": layers.ours_step(ours, inputs)}
+    size = f"{num_tokens} tokens, {paged.layer.memory.num_slots} of {QWEN3_30B_LAYER.num_experts} pages"
+    paired(benchmark, layers.ours_step(paged, inputs), resident, size=size)
 
 
-def test_layer_grouped_mm_input_gradients(benchmark, peer):
-    benchmark.extra_info.update(size=str(CASE), peer=True)
-    peer.requires_grad_(False)
-    benchmark.pedantic(_step, args=(peer, CASE.inputs(), []), rounds=ROUNDS, warmup_rounds=1)
-
-
-def test_layer_grouped_mm_all_weight_gradients(benchmark, peer):
-    benchmark.extra_info.update(size=str(CASE), peer=True)
-    peer.requires_grad_(True)
-    parameters = list(peer.parameters())
-    benchmark.pedantic(_step, args=(peer, CASE.inputs(), parameters), rounds=ROUNDS, warmup_rounds=1)
+@pytest.mark.parametrize("format", ["bf16", "nf4_f16", "int8", "fp8"])
+def test_layer_format(benchmark, threads, peer, ours, format):
+    experts = layers.paged_experts(peer, format=format)
+    layers.train_neurons(experts.layer, DENSITY)
+    inputs = QWEN3_30B_LAYER.inputs()
+    peers = {"nf4": layers.ours_step(ours, inputs)}
+    paired(benchmark, layers.ours_step(experts, inputs), peers, size=f"{QWEN3_30B_LAYER}, {format}")

@@ -41,7 +41,11 @@ inline Activation parse_activation(std::string_view value) {
 }
 
 inline AdamMode parse_adam_mode(std::string_view value) {
-  return parse_enum<AdamMode, 2>(value, "mode", {{{"master", AdamMode::master}, {"in_place", AdamMode::in_place}}});
+  return parse_enum<AdamMode, 4>(value, "mode",
+                                 {{{"master", AdamMode::master},
+                                   {"in_place", AdamMode::in_place},
+                                   {"residual", AdamMode::residual},
+                                   {"eco", AdamMode::eco}}});
 }
 
 inline DType parse_dtype(std::string_view value) {

@@ -16,7 +16,7 @@ enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 inline constexpr int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 enum class Activation : int32_t { silu = 0, gelu_tanh = 1, swiglu_clamped = 2 };
-enum class AdamMode : int32_t { master = 0, in_place = 1 };
+enum class AdamMode : int32_t { master = 0, in_place = 1, residual = 2, eco = 3 };
 
 // Encode `num_rows` rows of `cols` weights. Row r reads weight + r * weight_stride elements and writes row
 // `row_index ? row_index[r] : r` of codes/absmax (strides are code_bytes(format, cols) and num_blocks(format, cols)).
@@ -123,7 +123,8 @@ struct GluArgs {
 
 // Given grad_h = dL/dh before the router weight (grad_out @ W_down), per row p with router weight w:
 // grad_row_weight[p] = <h, grad_h>; grad_gate_up = w * grad_h through the activation; weighted_h = w * h (for the down
-// rows' gradient). row_weight null: w = 1. weighted_h and grad_row_weight may be null.
+// rows' gradient). row_weight null: w = 1. weighted_h and grad_row_weight may be null. grad_gate_up may be gate_up, and
+// weighted_h may be grad_h.
 struct GluBackwardArgs {
   const void* grad_h;       // [num_rows, intermediate_size] of dtype
   const void* gate_up;      // [num_rows, 2 * intermediate_size] of dtype
@@ -180,27 +181,50 @@ struct RowImportanceArgs {
   DType dtype;
 };
 
-// One Adam/AdamW step on num_rows rows, then their new codes; see numerics/adam.h for the formula.
-// Row r is skipped (no bit of it changes) if active && !active[r], and all rows if found_inf && *found_inf != 0.
+// One Adam/AdamW step on num_rows rows, then their new codes: formulas in numerics/adam.h, numerics/residual.h and
+// numerics/dynamic8.h. Row r is skipped (no bit of it changes) if active && !active[r], and all rows if found_inf &&
+// *found_inf != 0.
 struct MaskedAdamArgs {
-  uint8_t* codes;           // [num_rows, code_bytes(format, cols)]
-  void* absmax;             // [num_rows, num_blocks(format, cols)] of scale_bytes(format) each; may be null for bf16
-  void* master;             // [num_rows, cols] of master_dtype (mode master), else null
-  float* exp_avg;           // [num_rows, cols]
-  float* exp_avg_sq;        // [num_rows, cols]
-  int32_t* step;            // [num_rows], steps done so far; incremented
-  const float* grad;        // [num_rows, cols]
-  const bool* active;       // [num_rows] or null
-  const float* grad_scale;  // one element: gradients are multiplied by it; or null
-  const float* found_inf;   // one element; or null
-  int32_t* changed;         // one element: set to 1 if a bit of codes, absmax or master changed; or null
+  uint8_t* codes;              // [num_rows, code_bytes(format, cols)]
+  void* absmax;                // [num_rows, num_blocks(format, cols)] of scale_bytes(format) each; may be null for bf16
+  void* master;                // [num_rows, cols] of master_dtype (mode master), else null
+  int8_t* residual;            // [num_rows, cols] (mode residual), else null
+  void *exp_avg, *exp_avg_sq;  // [num_rows, cols]: fp32, or 8-bit codes where the next two are given
+  float *exp_avg_absmax, *exp_avg_sq_absmax;  // [num_rows, num_moment_blocks(cols)], or null: fp32 moments
+  int32_t* step;                              // [num_rows], steps done so far; incremented
+  const void* grad;                           // [num_rows, cols] of grad_dtype
+  const bool* active;                         // [num_rows] or null
+  const float* grad_scale;                    // one element: gradients are multiplied by it; or null
+  const float* found_inf;                     // one element; or null
+  int32_t* changed;  // one element: set to 1 if a bit of codes, absmax, master or residual changed; or null
   int64_t num_rows, cols;
   double lr, beta1, beta2, eps, weight_decay;
-  uint64_t seed;          // in_place: rounding noise is keyed by (seed, step, first_element + element)
+  uint64_t seed;          // stochastic: rounding noise is keyed by (seed, step, first_element + element)
   int64_t first_element;  // of row 0, so that a bank cut in pieces rounds the same
   Format format;
   AdamMode mode;
-  DType master_dtype;
+  DType master_dtype, grad_dtype;  // f32 or bf16
+  bool stochastic;                 // in_place and eco: stochastic rounding, else to nearest
+};
+
+// out = map[codes] * absmax of block-wise 8-bit moments (numerics/dynamic8.h).
+struct DecodeMoments8Args {
+  const uint8_t* codes;  // [num_rows, cols]
+  const float* absmax;   // [num_rows, num_moment_blocks(cols)]
+  float* out;            // [num_rows, cols]
+  int64_t num_rows, cols;
+  bool is_signed;  // exp_avg's map, else exp_avg_sq's
+};
+
+// Between weights and the residual beside their codes (numerics/residual.h): decode_residual writes `weight`,
+// encode_residual writes `residual`.
+struct ResidualArgs {
+  const uint8_t* codes;  // [num_rows, code_bytes]
+  const void* absmax;    // [num_rows, num_blocks] scales of the format
+  int8_t* residual;      // [num_rows, cols]
+  float* weight;         // [num_rows, cols]
+  int64_t num_rows, cols;
+  Format format;
 };
 
 // out[t, e]: uniform on (0, 1), a function of (seed, step, micro_batch, layer, t, e) alone (numerics/rng.h).

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "enum_names.h"
 #include "errors.h"
 #include "kernel_api.h"
@@ -194,7 +195,8 @@ void bind_pager(py::module_& m) {
       .def("reset_stats", &ExpertPager::reset_stats);
 
   py::class_<ExpertSweep, std::shared_ptr<ExpertSweep>>(m, "ExpertSweep")
-      .def(py::init<std::shared_ptr<ExpertPager>>(), py::arg("pager"));
+      .def(py::init<std::shared_ptr<ExpertPager>>(), py::arg("pager"))
+      .def("rethrow_failure", &ExpertSweep::rethrow_failure, py::arg("text"));
 }
 
 void bind_layer(py::module_& m) {
@@ -276,6 +278,7 @@ PYBIND11_MODULE(_C, m) {
       "scale_dtype",
       [](const std::string& format) { return scale_bytes(parse_format(format)) == 2 ? "float16" : "float32"; },
       py::arg("format"));
+  m.def("release_thread_pool", &cpu::release_thread_pool);
   bind_store(m);
   bind_pager(m);
   bind_layer(m);

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import ctypes
 import functools
+import mmap
 import os
 import shlex
 import shutil
@@ -32,11 +33,11 @@ _SOURCES = (
     "cpp/memory/pager_copies.cpp",
     "cpp/memory/pager_state.cpp",
 )
-_POINTERS = ("create_stream", "create_event", "device_cpu", "device_lazy", "device_troubled", "rig_new")
+_POINTERS = ("create_stream", "create_event", "device_cpu", "device_lazy", "device_troubled", "rig_new", "files_new")
 _TEXTS = ("last_error_kind", "last_error_text", "device_name")
 _NOTHING = (
     *("device_free", "destroy_stream", "destroy_event", "troubled_refuse", "troubled_fail"),
-    *("rig_free", "rig_unreadable_page", "rig_read_microseconds"),
+    *("rig_free", "rig_unreadable_page", "rig_read_microseconds", "files_free", "trouble_pread"),
 )
 READ_FAULTS = ("none", "ignores_copies", "ends_early")
 PHASES = ("inference", "training_forward", "backward")
@@ -48,7 +49,15 @@ def _library() -> ctypes.CDLL:
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]})")
     output = Path(tempfile.mkdtemp(prefix="usaf_harness_")) / "harness.so"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-pthread",
+        "-Wl,--wrap=pread",
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]
     try:
         subprocess.run(
             [*compiler, *flags, "-I", _ROOT / "cpp", *(_ROOT / source for source in _SOURCES), "-o", output], check=True
@@ -76,7 +85,7 @@ def call(name: str, *arguments):
     if function.restype is ctypes.c_int:
         function.restype = ctypes.c_int64
     result = function(*map(_argument, arguments))
-    if (function.restype is ctypes.c_int64 and result == -1) or (name == "rig_new" and result is None):
+    if (function.restype is ctypes.c_int64 and result == -1) or (name in ("rig_new", "files_new") and result is None):
         kind, text = library.last_error_kind().decode(), library.last_error_text().decode()
         raise getattr(errors, kind, getattr(builtins, kind, ValueError))(text)
     return result
@@ -183,3 +192,29 @@ class NativePager:
 
     def wrong_pages(self) -> int:
         return call("wrong_pages", self.handle)
+
+
+class NativePageFiles:
+    """One page of `page_bytes` at `offset` of a file that should have `size` bytes."""
+
+    def __init__(self, path: Path, size: int, offset: int, page_bytes: int):
+        self.page_bytes = page_bytes
+        self.handle = call("files_new", os.fsencode(path), size, offset, page_bytes)
+
+    def close(self) -> None:
+        call("files_free", self.handle)
+
+    @property
+    def direct(self) -> bool:
+        return bool(call("files_direct", self.handle))
+
+    def read(self) -> bytes:
+        buffer = mmap.mmap(-1, self.page_bytes)  # aligned
+        call("files_read", self.handle, ctypes.byref(ctypes.c_char.from_buffer(buffer)))
+        return buffer[:]
+
+
+def trouble_pread(interrupted: int = 0, at_most: int = 0, failing: int = 0) -> None:
+    """The next `interrupted` reads are cut off by a signal, then `failing` ones by an I/O error; every one gives
+    `at_most` bytes (0: what it should)."""
+    call("trouble_pread", interrupted, at_most, failing)

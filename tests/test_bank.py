@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from trained_models import banked_model, every_nth, paged_model
-from usaf_ext import RowBank, StoreError, expert_store, ops, paged_layers
+from usaf_ext import _C, RowBank, StoreError, expert_store, ops, paged_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,6 +52,7 @@ def test_rows_are_the_stores_and_masters_the_originals(tiny_checkpoint, format, 
             bank.neuron_index,
             bank.expert_hit,
             bank.grad_squares,
+            bank.positions,
         )
     )
 
@@ -60,6 +61,39 @@ def test_in_place_learns_the_codes(model):
     bank = RowBank.from_store(expert_store(model), 0, neurons((1, 1)), originals=model.usaf_originals, mode="in_place")
     assert bank.master is None
     assert torch.equal(bank.trained_rows(), bank.decode())
+
+
+@pytest.mark.parametrize("format", _C.FORMATS)
+def test_a_residual_starts_from_the_originals(tiny_checkpoint, format, caplog):
+    model = paged_model(tiny_checkpoint, format=format)
+    store, chosen = expert_store(model), neurons((0, 3), (5, 11))
+    with caplog.at_level(logging.WARNING, logger="usaf_ext"):
+        bank = RowBank.from_store(store, 1, chosen, originals=model.usaf_originals, mode="residual")
+    assert not caplog.records
+    rows = torch.cat([model.usaf_originals.neurons(1, e, torch.tensor([j])).float() for e, j in ((0, 3), (5, 11))])
+    error = (bank.trained_rows() - rows).abs()
+    if format == "bf16":
+        assert not bank.residual.any()
+    else:
+        assert float(error.max()) < 0.02 * float((bank.decode() - rows).abs().max())
+    without = RowBank.from_store(store, 1, chosen, originals=None, mode="residual")
+    assert torch.equal(without.trained_rows(), bank.decode())
+    assert bank.residual.dtype == torch.int8
+    assert bank.rows.keys() == {"codes", "absmax", "residual"}
+
+
+def test_placement_host_keeps_the_state_apart(model):
+    arguments = {"originals": model.usaf_originals, "mode": "master", "grad_dtype": torch.bfloat16}
+    here = RowBank.from_store(expert_store(model), 0, neurons((1, 1), (4, 2)), **arguments)
+    there = RowBank.from_store(expert_store(model), 0, neurons((1, 1), (4, 2)), placement="host", **arguments)
+    state = sum(tensor.nbytes for tensor in (here.codes, here.absmax, here.master))
+    assert there.device_bytes == here.device_bytes - here.master.nbytes
+    assert there.host_bytes == here.host_bytes + state
+    assert here.grad.dtype == torch.bfloat16
+    there.state_codes.add_(1)
+    assert torch.equal(there.codes, here.codes)
+    there.publish()
+    assert torch.equal(there.codes, here.codes + 1)
 
 
 def test_without_originals_masters_are_the_decoded_codes(model, caplog):
@@ -103,7 +137,7 @@ def test_bad_arguments(model):
     with pytest.raises(ValueError, match="layer"):
         RowBank.from_store(store, 2, good)
     with pytest.raises(ValueError, match="mode"):
-        RowBank.from_store(store, 0, good, mode="residual")
+        RowBank.from_store(store, 0, good, mode="adapter")
     with pytest.raises(ValueError, match="master_dtype"):
         RowBank.from_store(store, 0, good, master_dtype=torch.float16)
 
@@ -133,6 +167,14 @@ def test_constructor_checks_its_tensors(model):
         ({"master": bank.master.half()}, TypeError, "master must be"),
         ({"master": None}, ValueError, "needs a master|needs master"),
         ({"mode": "in_place"}, ValueError, "has no master"),
+        ({"mode": "residual", "master": None}, ValueError, "needs residual"),
+        ({"residual": torch.zeros(2, 3, 72, dtype=torch.int8)}, ValueError, "has no residual"),
+        ({"mode": "residual", "master": None, "residual": bank.codes}, TypeError, "residual must be"),
+        ({"rounding": "up"}, ValueError, "rounding"),
+        ({"placement": "disk"}, ValueError, "placement"),
+        ({"grad_dtype": torch.float16}, ValueError, "grad_dtype"),
+        ({"grad_buffer": torch.zeros(2 * 3 * 72 - 1)}, ValueError, "grad_buffer must be"),
+        ({"grad_buffer": torch.zeros(2 * 3 * 72).double()}, TypeError, "grad_buffer must be"),
         ({"format": "int3"}, ValueError, "format"),
     ]:
         with pytest.raises(error, match=message):

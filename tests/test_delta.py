@@ -75,7 +75,7 @@ def test_readable_with_safetensors_alone(model, path):
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["usaf"])
     assert (header["format_version"], header["kind"], header["format"], header["mode"]) == (
-        1,
+        2,
         "usaf_delta",
         "nf4",
         "master",
@@ -119,8 +119,8 @@ def test_foreign_and_newer(path, tmp_path):
     (tmp_path / "text").write_text("hello, this is no tensor file at all")
     with pytest.raises(StoreError, match="damaged"):
         read_delta(tmp_path / "text")
-    change_header(path, format_version=2)
-    with pytest.raises(StoreError, match="format version 2; this usaf_ext reads up to 1"):
+    change_header(path, format_version=3)
+    with pytest.raises(StoreError, match="format version 3; this usaf_ext reads up to 2"):
         read_delta(path)
     change_header(path, format_version=1, mode="in_place")
     with pytest.raises(StoreError, match="sha256"):

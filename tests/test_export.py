@@ -238,7 +238,7 @@ def test_bad_arguments_write_nothing(setup, tmp_path):
         ({"base": "dequantized", "dtype": torch.float16}, ValueError, "dtype: expected one of"),
         ({"source": other}, StoreError, "not the checkpoint that the store"),
         ({"store": other_store}, StoreError, "not the checkpoint that the store"),
-        ({"banks": [banks[0], banks[0]]}, ValueError, "layer 0 is out of range or given twice"),
+        ({"banks": [banks[0], banks[0]]}, ValueError, "a neuron of layer 0 is given twice"),
         ({"store": bf16}, ValueError, "in nf4, the store in bf16"),
         ({"banks": poisoned}, StoreError, "layer 1 has trained weights that are not finite"),
         ({"banks": poisoned, "base": "dequantized"}, StoreError, "layer 1 has trained weights that are not finite"),

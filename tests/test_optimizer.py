@@ -197,12 +197,20 @@ def test_step_and_zero_grad_clear_the_banks(tiny_checkpoint):
     assert all(layer.anchor.item() == 0 for layer in paged_layers(model))
 
 
-@pytest.mark.parametrize("mode", ["master", "in_place"])
-def test_state_dict_continues_bit_for_bit(tiny_checkpoint, mode):
+@pytest.mark.parametrize(
+    ("mode", "moments", "placement"),
+    [
+        ("master", "fp32", "device"),
+        ("in_place", "8bit", "device"),
+        ("residual", "8bit", "host"),
+        ("eco", "fp32", "host"),
+    ],
+)
+def test_state_dict_continues_bit_for_bit(tiny_checkpoint, mode, moments, placement):
     def fresh():
-        model = banked_model(tiny_checkpoint, mode=mode)
+        model = banked_model(tiny_checkpoint, mode=mode, placement=placement)
         train_routers(model)
-        return model, MaskedAdam(model, lr=1e-2, seed=7)
+        return model, MaskedAdam(model, lr=1e-2, seed=7, moments=moments)
 
     def steps(model, optimizer, seeds):
         for seed in seeds:
@@ -219,9 +227,9 @@ def test_state_dict_continues_bit_for_bit(tiny_checkpoint, mode):
     saved = torch.load(buffer, weights_only=True)
     twin, other = fresh()
     for mine, theirs in zip(paged_layers(twin), paged_layers(model)):
-        for name in ("codes", "absmax", "master"):
-            if getattr(mine.bank, name) is not None:
-                getattr(mine.bank, name).copy_(getattr(theirs.bank, name))
+        for name, rows in mine.bank.rows.items():
+            rows.copy_(theirs.bank.rows[name])
+        mine.bank.publish()
     for mine, theirs in zip(trained_routers(twin).values(), trained_routers(model).values()):
         mine.weight.data.copy_(theirs.weight)
     other.load_state_dict(saved)
@@ -271,6 +279,8 @@ def test_stepping_layers_one_by_one_gives_the_bits_of_a_step(tiny_checkpoint, mo
     share_gradients(paged_layers(released))
     buffers = {layer.bank.grad.untyped_storage().data_ptr() for layer in paged_layers(released)}
     assert len(buffers) == 1
+    gradients = [layer.bank.grad.nbytes for layer in paged_layers(released)]
+    assert one.bank_bytes()["device"] - many.bank_bytes()["device"] == sum(gradients) - max(gradients)
     for seed in range(2):
         backward(together, tokens(2, seed=seed))
         gradients = [(layer.bank.grad.clone(), layer.bank.expert_hit.clone()) for layer in paged_layers(together)]
@@ -355,10 +365,13 @@ def test_bad_arguments(tiny_checkpoint):
         ({"betas": (1.0, 0.9)}, "betas"),
         ({"eps": -1.0}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay"),
+        ({"moments": "4bit"}, "moments"),
     ]:
         with pytest.raises(ValueError, match=message):
             MaskedAdam(model, **arguments)
     assert MaskedAdam(paged_layers(model)).num_parameters > 0
+    with pytest.raises(ValueError, match=r"betas: mode 'eco'"):
+        MaskedAdam(banked_model(tiny_checkpoint, mode="eco"), betas=(0.0, 0.9))
 
 
 def test_state_of_another_selection_is_refused(tiny_checkpoint):
@@ -371,4 +384,6 @@ def test_state_of_another_selection_is_refused(tiny_checkpoint):
     other = MaskedAdam(model)
     with pytest.raises(ValueError, match="another selection"):
         other.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"expected \['exp_avg', 'exp_avg_absmax'"):
+        MaskedAdam(model, moments="8bit").load_state_dict(saved)
     assert other.state_dict()["state"] == {}

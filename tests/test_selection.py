@@ -1,30 +1,44 @@
-"""Importance against a dense float64 oracle; top-k selection and its edges."""
+"""Importance against a dense float64 oracle; selection by the top, in proportion and at random, and its edges."""
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections import Counter
 
 import pytest
 import torch
 from trained_models import banked_model, dense_twin, neuron_gradients, paged_model, tokens
 from usaf_ext import paged_layers
 from usaf_ext.loss import causal_lm_loss
-from usaf_ext.selection import attach, compute_importance, select_neurons
+from usaf_ext.selection import attach, compute_importance, select_neurons, select_random
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_importance_is_the_sum_of_squared_gradients_over_batches(tiny_checkpoint):
+def neuron_weights(dense, layer):
+    """Weights of a layer's neurons in the dense twin: [E, I, 3, H] in the order gate, up, down column."""
+    experts = dense.get_submodule(layer.name)
+    gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+    return torch.stack([gate, up, experts.down_proj.detach().transpose(1, 2)], dim=2)
+
+
+@pytest.mark.parametrize("metric", ["gradient", "gradient_weight"])
+def test_importance_is_summed_over_weights_and_batches(tiny_checkpoint, metric):
     model = paged_model(tiny_checkpoint)
     batches = [tokens(2, seed=1), tokens(2, seed=2)]
-    importance = compute_importance(model, batches)
+    importance = compute_importance(model, batches, metric)
     dense = dense_twin(tiny_checkpoint, model)
     expected = [torch.zeros(6, 24, dtype=torch.float64) for _ in importance]
     for batch in batches:
         dense.zero_grad()
         dense(batch, labels=batch).loss.backward()
         for total, layer in zip(expected, paged_layers(model)):
-            total += neuron_gradients(dense, layer).square().sum((2, 3))
+            gradients = neuron_gradients(dense, layer)
+            if metric == "gradient":
+                total += gradients.square().sum((2, 3))
+            else:
+                total += (gradients * neuron_weights(dense, layer)).abs().sum((2, 3))
     for got, want in zip(importance, expected):
         torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4 * want.max().item())
 
@@ -37,6 +51,22 @@ def test_two_batches_are_the_sum_of_each(tiny_checkpoint):
     for got, want in zip(both, apart):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
         assert bool((want > 0).any())
+
+
+@pytest.mark.parametrize("metric", ["gradient", "gradient_weight"])
+def test_float16_scales_the_loss_and_halves_what_overflows(tiny_checkpoint, monkeypatch, metric):
+    """With 2^40 the first batch overflows many times; also under checkpointing, where a graph runs back only once."""
+    batches = [tokens(2, seed=1), tokens(2, seed=2)]
+    exact = compute_importance(paged_model(tiny_checkpoint), batches, metric)
+    model = paged_model(tiny_checkpoint, torch.float16)
+    model.train()
+    model.activation_checkpointing_enable()
+    results = [compute_importance(model, batches, metric)]
+    monkeypatch.setattr("usaf_ext.selection.FLOAT16_SCALE", 2.0**40)
+    results.append(compute_importance(model, batches, metric))
+    for importance in results:
+        for got, want in zip(importance, exact):
+            assert (got - want).norm() < 0.05 * want.norm()
 
 
 def test_later_backwards_do_not_count(tiny_checkpoint):
@@ -58,6 +88,8 @@ def test_importance_leaves_banks_and_gradients_as_they_were(tiny_checkpoint):
         assert layer.anchor.grad is None
     with pytest.raises(ValueError, match="batches is empty"):
         compute_importance(model, [])
+    with pytest.raises(ValueError, match=r"metric must be one of .*, got 'random'"):
+        compute_importance(model, [tokens(2)], "random")
     with pytest.raises(ValueError, match="paged experts"):
         compute_importance(torch.nn.Linear(2, 2), [tokens(2)])
     assert [layer.bank for layer in paged_layers(model)] == banks
@@ -111,6 +143,86 @@ def test_importance_that_says_nothing_is_an_error():
         select_neurons([ones], 0.5, scope="expert")
     with pytest.raises(ValueError, match="importance is empty"):
         select_neurons([], 0.5)
+
+
+def test_a_sample_follows_importance():
+    """Each pair as often as drawing one neuron after the other says."""
+    weights, draws = torch.tensor([[1.0, 2.0], [0.0, 5.0]]), 8000
+    found = Counter(
+        tuple(chosen(select_neurons([weights], 0.5, sampling="proportional", seed=seed))[0]) for seed in range(draws)
+    )
+    places = {(0, 0): 1.0, (0, 1): 2.0, (1, 1): 5.0}
+    total = sum(places.values())
+    for pair in itertools.combinations(places, 2):
+        a, b = (places[place] / total for place in pair)
+        expected = a * b / (1 - a) + b * a / (1 - b)
+        assert abs(found.pop(pair) / draws - expected) < 4 * (expected * (1 - expected) / draws) ** 0.5
+    assert not found  # the neuron without importance is never drawn before one with
+
+
+def test_a_sample_is_its_seeds():
+    importance = [torch.rand(6, 40), torch.rand(6, 40)]
+    for scope in ("model", "layer"):
+        first, again, other = (select_neurons(importance, 0.2, scope, "proportional", seed) for seed in (3, 3, 4))
+        assert chosen(first) == chosen(again)
+        assert chosen(first) != chosen(other)
+        assert chosen(first) != chosen(select_neurons(importance, 0.2, scope))
+        assert first.num_neurons == 96
+        if scope == "layer":
+            assert [len(part) for part in first.neuron_expert] == [48, 48]
+            assert chosen(first)[0] != chosen(first)[1]
+
+
+def test_a_sample_larger_than_what_has_importance(caplog):
+    sparse = torch.tensor([[0.0, 3.0, 0.0, 0.0]])
+    with caplog.at_level(logging.WARNING, logger="usaf_ext"):
+        selection = select_neurons([sparse], 0.5, sampling="proportional", seed=1)
+    assert chosen(selection) == [[(0, 0), (0, 1)]]
+    assert "1 of 2 chosen neurons had no gradient" in caplog.text
+
+
+def test_a_random_choice_is_even_and_its_seeds():
+    sizes, draws = [(2, 3), (2, 2)], 4000
+    found = Counter()
+    for seed in range(draws):
+        selection = select_random(sizes, 0.3, seed=seed)
+        assert selection.num_neurons == 3
+        found.update((layer, place) for layer, places in enumerate(chosen(selection)) for place in places)
+    assert len(found) == 10
+    assert all(abs(count / draws - 0.3) < 4 * (0.3 * 0.7 / draws) ** 0.5 for count in found.values())
+    assert chosen(select_random(sizes, 0.3, seed=5)) == chosen(select_random(sizes, 0.3, seed=5))
+    per_layer = select_random([(3, 10), (3, 20)], 0.1, "layer")
+    assert [len(part) for part in per_layer.neuron_expert] == [3, 6]
+    assert per_layer.num_candidates == 90
+    everything = select_random(sizes, 1.0)
+    assert chosen(everything) == [[(e, i) for e in range(2) for i in range(n)] for n in (3, 2)]
+    for part in per_layer.neuron_index:
+        assert part.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sizes": []}, "sizes is empty"),
+        ({"sizes": [(2, 3), (0, 3)]}, "sizes of layer 1: expected at least one expert"),
+        ({"density": 0.0}, r"density must lie in \(0, 1\]"),
+        ({"scope": "expert"}, "scope must be one of"),
+        ({"seed": -1}, "seed must be an int of at least 0"),
+        ({"seed": 1.5}, "seed must be an int of at least 0"),
+    ],
+)
+def test_bad_random_choices(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        select_random(**{"sizes": [(2, 3)], "density": 0.5, **arguments})
+
+
+def test_bad_samplings():
+    with pytest.raises(ValueError, match=r"sampling must be one of .*, got 'random'"):
+        select_neurons([torch.ones(2, 2)], 0.5, sampling="random")
+    with pytest.raises(ValueError, match="seed must be an int of at least 0"):
+        select_neurons([torch.ones(2, 2)], 0.5, sampling="proportional", seed=-1)
+    with pytest.raises(ValueError, match="layer 0 is zero everywhere"):
+        select_neurons([torch.zeros(2, 2)], 0.5, "layer", "proportional")
 
 
 def test_neurons_without_gradient_are_reported(caplog):

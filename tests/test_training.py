@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -74,8 +75,21 @@ class StopAfter:
         (torch.float32, {"router": "topk", "router_warmup_steps": 4, "gradient_accumulation_steps": 2}),
         (torch.float32, {"mode": "in_place", "gradient_checkpointing": True, "lr_schedule": "constant"}),
         (torch.float32, {"optimizer": None}),
+        (
+            torch.float32,
+            {
+                "router": "gumbel",
+                "gradient_accumulation_steps": 2,
+                "gradient_checkpointing": True,
+                "activation_threshold": 0.9,
+                "selection_sampling": "proportional",
+                "gumbel_tau_end": 0.1,
+            },
+        ),
+        (torch.float32, {"router": "topk", "density": 0.0, "aux_loss_coef": 0.0}),
+        (torch.float32, {"selection_metric": "random", "activation_threshold": 0.9, "threshold_scope": "forward"}),
     ],
-    ids=["master", "router", "stopped-in-warmup", "in_place", "control"],
+    ids=["master", "router", "stopped-in-warmup", "in_place", "control", "gumbel", "router-only", "random"],
 )
 def test_resume_continues_bit_for_bit(tiny_checkpoint, tmp_path, dtype, changes):
     settings = config(**changes)
@@ -254,11 +268,7 @@ def test_damaged_checkpoints(tiny_checkpoint, tmp_path, caplog, file, damage):
         content[-12] ^= 1
         path.write_bytes(content)
     else:
-        path.write_bytes(
-            content.replace(b'format_version": 1', b'format_version": 9').replace(
-                b'format_version\\": 1', b'format_version\\": 9'
-            )
-        )
+        path.write_bytes(re.sub(rb'(format_version\\*": )\d', rb"\g<1>9", content))
     with pytest.raises(StoreError, match=file.replace(".", r"\.")):
         run.load_checkpoint(2)
     assert run.latest_checkpoint().step == 1
@@ -345,9 +355,32 @@ def test_training_that_moves_nothing_is_an_error(tiny_checkpoint, tmp_path):
         ({"density": "1%"}, TypeError, "density"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
-        ({"mode": "residual"}, ValueError, "mode"),
+        ({"mode": "adapter"}, ValueError, "mode"),
+        ({"rounding": "up"}, ValueError, "rounding"),
+        ({"grad_dtype": "float16"}, ValueError, "grad_dtype"),
+        ({"moments": "4bit"}, ValueError, "moments"),
+        ({"placement": "disk"}, ValueError, "placement"),
+        ({"reselect_every": -1}, ValueError, "reselect_every"),
+        ({"reselect_every": 1.5}, TypeError, "reselect_every"),
+        ({"reselect_fraction": 0.0}, ValueError, "reselect_fraction"),
+        ({"reselect_fraction": 1.0}, ValueError, "reselect_fraction"),
+        ({"reselect_every": 2, "selection_metric": "random"}, ValueError, "random selection has no importance"),
+        ({"reselect_every": 2, "density": 0.0, "router": "topk"}, ValueError, "no trained neurons to exchange"),
         ({"master_dtype": "float16"}, ValueError, "master_dtype"),
-        ({"router": "gumbel"}, ValueError, "router"),
+        ({"router": "dense"}, ValueError, "router"),
+        ({"density": -0.1}, ValueError, "density"),
+        ({"density": 0.0}, ValueError, "density, router: density 0 trains no expert neuron and a frozen router"),
+        ({"density": 0.0, "router": "topk", "router_warmup_steps": 2}, ValueError, "router_warmup_steps: with density"),
+        ({"selection_metric": "hessian"}, ValueError, "selection_metric"),
+        ({"selection_sampling": "random"}, ValueError, "selection_sampling"),
+        ({"selection_metric": "random", "selection_sampling": "proportional"}, ValueError, "selection_sampling: a"),
+        ({"activation_threshold": -0.1}, ValueError, "activation_threshold"),
+        ({"activation_threshold": 1.0}, ValueError, r"activation_threshold: expected a number in \[0, 1\)"),
+        ({"activation_threshold": "10%"}, TypeError, "activation_threshold"),
+        ({"threshold_scope": "batch"}, ValueError, "threshold_scope"),
+        ({"gumbel_tau_start": 0.0}, ValueError, "gumbel_tau_start"),
+        ({"gumbel_tau_end": float("inf")}, ValueError, "gumbel_tau_end"),
+        ({"gradient_checkpointing": 1}, TypeError, "gradient_checkpointing"),
         ({"optimizer": "sgd"}, ValueError, "optimizer"),
         ({"lr_schedule": "step"}, ValueError, "lr_schedule"),
         ({"selection_scope": "expert"}, ValueError, "selection_scope"),

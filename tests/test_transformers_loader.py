@@ -51,7 +51,7 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
 def test_bf16_store_gives_the_logits_of_transformers(checkpoints, layout, dtype, tolerance):
     model, info = AutoModelForCausalLM.from_pretrained(
         checkpoints[layout], quantization_config=UsafConfig(format="bf16"), dtype=dtype, output_loading_info=True
@@ -183,8 +183,8 @@ def test_refusals_come_before_any_weight_is_loaded(checkpoint, tmp_path, monkeyp
 
     with pytest.raises(BudgetError, match=r"device_budget: 5000 bytes are too few; the smallest that works .* is \d+"):
         load(checkpoint, device_budget=5000)
-    with pytest.raises(TypeError, match=r"dtype: expected torch\.float32 or torch\.bfloat16"):
-        load(checkpoint, dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"dtype: expected one of .*torch\.float16\), got torch\.float64"):
+        load(checkpoint, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"originals: .*is itself an original checkpoint"):
         load(checkpoint, originals=checkpoint)
     with pytest.raises(ValueError, match="activation 'relu' is not supported"):

@@ -72,7 +72,7 @@ def bank_state(model):
     return [
         {
             name: getattr(layer.bank, name).clone()
-            for name in ("codes", "absmax", "master")
+            for name in ("codes", "absmax", "master", "residual")
             if getattr(layer.bank, name) is not None
         }
         for layer in paged_layers(model)

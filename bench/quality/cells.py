@@ -19,6 +19,7 @@ BUDGET = {
     "lr_warmup_steps": 10,
     "max_grad_norm": 1.0,
     "weight_decay": 0.0,
+    "activation_threshold": 0.0,
 }
 VALIDATION_SEQUENCES = 128
 
@@ -87,7 +88,18 @@ class Question:
     note: str = ""
 
 
-_NEURONS = {"density": 0.02, "mode": "master", "master_dtype": "bfloat16", "router": "frozen"}
+# The baseline, in full: a changed default of the library changes no cell.
+_NEURONS = {
+    "density": 0.02,
+    "selection_scope": "model",
+    "selection_metric": "gradient",
+    "selection_sampling": "top",
+    "mode": "master",
+    "master_dtype": "bfloat16",
+    "grad_dtype": "float32",
+    "moments": "fp32",
+    "router": "frozen",
+}
 
 
 def _mode(format: str, mode: str, start: float, rounding: str | None = None, **config: Any) -> Cell:
@@ -126,12 +138,15 @@ CELLS: tuple[Cell, ...] = (
     Cell("unit_block", "blocks of 64, emulated", 0.02, kind="blocks", config=_NEURONS),
     _selection("select_gradient_weight", "|g*w|, top", 0.02, selection_metric="gradient_weight"),
     _selection("select_proportional", "|g|^2, sampled in proportion", 0.02, selection_sampling="proportional"),
-    _selection("select_random", "random", 0.02, selection_sampling="random"),
+    _selection("select_random", "random", 0.02, selection_metric="random"),
     _selection("density_0.5%", "0.5%", 0.02, density=0.005),
     _selection("density_1%", "1%", 0.02, density=0.01),
     _selection("density_5%", "5%", 0.02, density=0.05),
+    _selection("threshold_0.1", "experts under 0.1 of the mean load get no gradient", 0.02, activation_threshold=0.1),
     _mode("nf4", "master", 0.02, moments="8bit"),
     _mode("nf4", "eco", 0.02, "stochastic", moments="8bit"),
+    _mode("nf4", "master", 0.02, grad_dtype="bfloat16"),
+    _mode("nf4", "eco", 0.02, "stochastic", moments="8bit", grad_dtype="bfloat16"),
     *(
         Cell(
             f"router_{router}",
@@ -200,8 +215,18 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question("Density", (BASE, "density_0.5%", "density_1%", "density_5%")),
     Question(
-        "Moments: fp32 or 8 bit",
-        (BASE, "nf4_master_8bit", "nf4_eco_stochastic", "nf4_eco_stochastic_8bit"),
+        "Activation threshold", (BASE, "threshold_0.1"), "Off in every other cell; by the counts of the step before."
+    ),
+    Question(
+        "Moments: fp32 or 8 bit; gradients: fp32 or bf16",
+        (
+            BASE,
+            "nf4_master_8bit",
+            "nf4_master_bfloat16",
+            "nf4_eco_stochastic",
+            "nf4_eco_stochastic_8bit",
+            "nf4_eco_stochastic_8bit_bfloat16",
+        ),
     ),
     Question(
         "Router: frozen, topk, gumbel",

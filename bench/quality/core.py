@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -41,7 +42,16 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _start_worker() -> None:
+    # A worker whose parent was killed would wait for ever, and hold whatever it inherited.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)

@@ -1,147 +1,342 @@
-// Masked Adam: read a row, step it, write its new codes, in one pass over memory. Threads share the rows.
+// Masked Adam: read a row, step it, write its new codes, in one pass over memory. Threads share the rows; a row goes
+// through in blocks that stay in the first-level cache between the loops over them. Every row function exists once for
+// each format and instruction set (isa.h).
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <stdexcept>
+#include <type_traits>
 
 #include "../kernel_api.h"
-#include "../numerics/adam.h"
-#include "../numerics/bfloat16.h"
-#include "../numerics/rng.h"
-#include "codec_row.h"
+#include "adam_avx512.h"
+#include "adam_block.h"
+#include "codec_generic.h"
+#include "encode_avx512.h"
+#include "isa.h"
+#include "moments8.h"
 #include "parallel.h"
 
 namespace usaf::cpu {
 namespace {
 
-// Replaces `count` bytes or elements of `target`; true if any bit differs.
-template <class T>
-bool replace(T* target, const T* value, int64_t count) {
-  const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-  if (std::memcmp(target, value, bytes) == 0) return false;
-  std::memcpy(target, value, bytes);
-  return true;
+// Replaces `count` bytes of `target`; true if any differs. Without a branch: whether codes change is a coin's toss.
+USAF_ALWAYS_INLINE bool replace(uint8_t* __restrict target, const uint8_t* __restrict value, int64_t count) {
+  uint8_t difference = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    difference |= static_cast<uint8_t>(target[i] ^ value[i]);
+    target[i] = value[i];
+  }
+  return difference != 0;
 }
 
-// Gradients and moments of one block.
-struct Block {
-  const float* grad;
-  float *exp_avg, *exp_avg_sq;
-  int64_t count;
+template <Format kFormat>
+USAF_ALWAYS_INLINE void encode(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes,
+                               void* absmax) {
+  if constexpr (kFormat == Format::bf16) {
+    auto* out = reinterpret_cast<Bf16*>(codes);
+    for (int64_t i = 0; i < kBlockSize; ++i) {
+      out[i].bits = random ? to_bf16_stochastic(weight[i], random[i]).bits : to_bf16(weight[i]).bits;
+    }
+  } else {
+    *static_cast<typename BlockCodec<kFormat>::Scale*>(absmax) =
+        encode_block_generic<kFormat>(weight, count, random, codes);
+  }
+}
+
+template <Format kFormat>
+USAF_ALWAYS_INLINE void decode(const uint8_t* codes, const void* absmax, float* out) {
+  if constexpr (kFormat == Format::bf16) {
+    decode_bf16_generic(codes, kBlockSize, out);
+  } else {
+    decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
+  }
+}
+
+// True if a bit of codes, absmax, master or residual changed.
+template <Format kFormat>
+USAF_ALWAYS_INLINE bool run_block(const AdamStep& step, const AdamBlock& block) {
+  const MaskedAdamArgs& args = step.args;
+  const bool has_master = args.mode == AdamMode::master, has_residual = args.mode == AdamMode::residual;
+  alignas(64) float weight[kBlockSize], decoded[kBlockSize], unit[kBlockSize];
+  if (!has_master) {
+    decode<kFormat>(block.codes, block.absmax, weight);
+  } else if (args.master_dtype == DType::f32) {
+    load_block(static_cast<const float*>(block.master), weight);
+  } else {
+    load_block(static_cast<const Bf16*>(block.master), weight);
+  }
+  if (has_residual) {
+    residual_units<kFormat>(block.codes, block.absmax, unit);
+    add_residual(block.residual, unit, weight);
+  }
+
+  if (args.grad_dtype == DType::f32) {
+    step_block(step.scalars, step.grad_scale, static_cast<const float*>(block.grad), block.exp_avg, block.exp_avg_sq,
+               weight);
+  } else {
+    step_block(step.scalars, step.grad_scale, static_cast<const Bf16*>(block.grad), block.exp_avg, block.exp_avg_sq,
+               weight);
+  }
+
+  bool changed = false;
+  if (has_master) {
+    changed = args.master_dtype == DType::f32 ? store_block(weight, static_cast<float*>(block.master))
+                                              : store_block(weight, static_cast<Bf16*>(block.master));
+  }
+  alignas(64) uint8_t codes[2 * kBlockSize];
+  alignas(float) uint8_t scale[sizeof(float)];
+  uint32_t random[kBlockSize];
+  const bool stochastic = args.stochastic && !has_master && !has_residual;
+  if (stochastic) fill_random(args.seed, step.step, block.first_element, random);
+  encode<kFormat>(weight, block.count, stochastic ? random : nullptr, codes, scale);
+  changed |= block.count == kBlockSize ? replace(block.codes, codes, used_bytes(kFormat, kBlockSize))
+                                       : replace(block.codes, codes, used_bytes(kFormat, block.count));
+  if constexpr (kFormat != Format::bf16) {
+    changed |= replace(static_cast<uint8_t*>(block.absmax), scale, scale_bytes(kFormat));
+  }
+
+  if (has_residual) {
+    decode<kFormat>(codes, scale, decoded);
+    residual_units<kFormat>(codes, scale, unit);
+    changed |= encode_residual(weight, decoded, unit, block.residual);
+  } else if (args.mode == AdamMode::eco) {
+    decode<kFormat>(codes, scale, decoded);
+    carry_error(step.scalars, weight, decoded, block.exp_avg_sq, block.exp_avg);
+  }
+  return changed;
+}
+
+// A padded copy of the first `count` elements of `data`, written back by store().
+template <class T, int64_t kSize = kBlockSize>
+struct Padded {
+  T values[kSize] = {};
+  T* load(const void* data, int64_t count) {
+    if (data) std::memcpy(values, data, static_cast<size_t>(count) * sizeof(T));
+    return values;
+  }
+  void store(void* data, int64_t count) const {
+    if (data) std::memcpy(data, values, static_cast<size_t>(count) * sizeof(T));
+  }
 };
 
-// Steps `weight` in place.
-USAF_CLONES void step_block(const AdamScalars& scalars, float grad_scale, const Block& block,
-                            float* __restrict weight) {
-  const float* __restrict grad = block.grad;
-  float* __restrict exp_avg = block.exp_avg;
-  float* __restrict exp_avg_sq = block.exp_avg_sq;
-  for (int64_t i = 0; i < block.count; ++i) {
-    const AdamState next = adam_step(scalars, {weight[i], exp_avg[i], exp_avg_sq[i]}, grad[i] * grad_scale);
-    weight[i] = next.weight;
-    exp_avg[i] = next.exp_avg;
-    exp_avg_sq[i] = next.exp_avg_sq;
-  }
+// A block shorter than 64.
+template <Format kFormat>
+USAF_ALWAYS_INLINE bool run_short_block(const AdamStep& step, const AdamBlock& block) {
+  const int64_t grad_bytes = block.count * element_size(step.args.grad_dtype);
+  const int64_t master_bytes = block.count * element_size(step.args.master_dtype);
+  const int64_t used = used_bytes(kFormat, block.count);
+  Padded<uint8_t, kBlockSize * sizeof(float)> grad, master;
+  Padded<uint8_t, kBlockSize * sizeof(Bf16)> codes;
+  Padded<int8_t> residual;
+  Padded<float> exp_avg, exp_avg_sq;
+  AdamBlock padded = block;
+  padded.grad = grad.load(block.grad, grad_bytes);
+  padded.master = master.load(block.master, master_bytes);
+  padded.residual = residual.load(block.residual, block.count);
+  padded.exp_avg = exp_avg.load(block.exp_avg, block.count);
+  padded.exp_avg_sq = exp_avg_sq.load(block.exp_avg_sq, block.count);
+  padded.codes = codes.load(block.codes, used);
+  const bool changed = run_block<kFormat>(step, padded);
+  master.store(block.master, master_bytes);
+  residual.store(block.residual, block.count);
+  exp_avg.store(block.exp_avg, block.count);
+  exp_avg_sq.store(block.exp_avg_sq, block.count);
+  codes.store(block.codes, used);
+  return changed;
 }
 
-USAF_CLONES void widen(const Bf16* values, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = to_float(values[i]);
-}
+// One moment of up to kMomentBlock weights in fp32: where it lies or, of 8 bits, in a buffer between load and store.
+class Moment {
+ public:
+  Moment(const Dynamic8& map, void* data, float* absmax, int64_t row, int64_t cols)
+      : map_(map),
+        values_(absmax ? nullptr : static_cast<float*>(data) + row * cols),
+        codes_(absmax ? static_cast<uint8_t*>(data) + row * cols : nullptr),
+        absmax_(absmax ? absmax + row * num_moment_blocks(cols) : nullptr) {}
 
-// Rounds `weight` to bfloat16, in `rounded` and in place.
-USAF_CLONES void round_block(int64_t count, float* __restrict weight, Bf16* __restrict rounded) {
-  for (int64_t i = 0; i < count; ++i) {
-    rounded[i] = to_bf16(weight[i]);
-    weight[i] = to_float(rounded[i]);
-  }
-}
-
-// Random numbers of elements first .. first + count - 1.
-void fill_random(uint64_t seed, int32_t step, int64_t first, int64_t count, uint32_t* random) {
-  constexpr int64_t kMaxGroups = kBlockSize / kRandomsPerGroup + 1;
-  const int64_t first_group = first / kRandomsPerGroup, skip = first % kRandomsPerGroup;
-  Random4 group[kMaxGroups];
-  for (int64_t g = 0; g < kMaxGroups; ++g) {
-    group[g] = random_group(seed, step, static_cast<uint64_t>(first_group + g));
-  }
-  static_assert(sizeof group == kMaxGroups * kRandomsPerGroup * sizeof(uint32_t));
-  std::memcpy(random, reinterpret_cast<const uint32_t*>(group) + skip, static_cast<size_t>(count) * sizeof *random);
-}
-
-struct Row {
-  const MaskedAdamArgs& args;
-  int64_t row;
-  int32_t step;  // counting this one
-  AdamScalars scalars;
-  float grad_scale;
-
-  Block block_at(int64_t start, int64_t count) const {
-    const int64_t element = row * args.cols + start;
-    return {args.grad + element, args.exp_avg + element, args.exp_avg_sq + element, count};
+  float* load(int64_t start, int64_t count) {
+    if (values_) return values_ + start;
+    decode_moments(map_, codes_ + start, absmax_[start / kMomentBlock], count, buffer_);
+    return buffer_;
   }
 
-  // Steps the master of one block; `weight` becomes its new values. True if a bit changed.
-  bool step_master(int64_t start, int64_t count, float* weight) const {
-    const int64_t element = row * args.cols + start;
-    if (args.master_dtype == DType::f32) {
-      float* master = static_cast<float*>(args.master) + element;
-      std::memcpy(weight, master, static_cast<size_t>(count) * sizeof *weight);
-      step_block(scalars, grad_scale, block_at(start, count), weight);
-      return replace(master, weight, count);
+  void store(int64_t start, int64_t count) {
+    if (!values_) absmax_[start / kMomentBlock] = encode_moments(map_, buffer_, count, codes_ + start);
+  }
+
+ private:
+  const Dynamic8& map_;
+  float* values_;
+  uint8_t* codes_;
+  float* absmax_;
+  alignas(64) float buffer_[kMomentBlock];
+};
+
+template <class T>
+T* advanced(T* bytes, int64_t count) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const uint8_t, uint8_t>;
+  return bytes ? static_cast<Byte*>(bytes) + count : nullptr;
+}
+
+// The blocks of one row, chunk by chunk of kMomentBlock weights.
+template <Format kFormat>
+class RowBlocks {
+ public:
+  RowBlocks(const MaskedAdamArgs& args, int64_t row)
+      : args_(args),
+        row_(row),
+        exp_avg_(kDynamic8Signed, args.exp_avg, args.exp_avg_absmax, row, args.cols),
+        exp_avg_sq_(kDynamic8Unsigned, args.exp_avg_sq, args.exp_avg_sq_absmax, row, args.cols) {}
+
+  void load(int64_t chunk) {
+    chunk_ = chunk;
+    size_ = std::min(kMomentBlock, args_.cols - chunk);
+    exp_avg_values_ = exp_avg_.load(chunk_, size_);
+    exp_avg_sq_values_ = exp_avg_sq_.load(chunk_, size_);
+  }
+  void store() {
+    exp_avg_.store(chunk_, size_);
+    exp_avg_sq_.store(chunk_, size_);
+  }
+  int64_t size() const { return size_; }
+
+  // The block at weight `i` of the chunk.
+  AdamBlock at(int64_t i) const {
+    constexpr int64_t kAbsmaxBytes = kFormat == Format::bf16 ? 0 : scale_bytes(kFormat);
+    const int64_t index = (chunk_ + i) / kBlockSize, element = row_ * args_.cols + chunk_ + i;
+    return {advanced(args_.grad, element * element_size(args_.grad_dtype)),
+            advanced(args_.master, element * element_size(args_.master_dtype)),
+            args_.residual ? args_.residual + element : nullptr,
+            exp_avg_values_ + i,
+            exp_avg_sq_values_ + i,
+            args_.codes + row_ * code_bytes(kFormat, args_.cols) + index * used_bytes(kFormat, kBlockSize),
+            advanced(args_.absmax, (row_ * num_blocks(kFormat, args_.cols) + index) * kAbsmaxBytes),
+            std::min(kBlockSize, size_ - i),
+            args_.first_element + element};
+  }
+
+ private:
+  const MaskedAdamArgs& args_;
+  int64_t row_, chunk_ = 0, size_ = 0;
+  Moment exp_avg_, exp_avg_sq_;
+  float *exp_avg_values_ = nullptr, *exp_avg_sq_values_ = nullptr;
+};
+
+// True if a bit of codes, absmax, master or residual changed.
+template <Format kFormat>
+USAF_ALWAYS_INLINE bool run_row(const AdamStep& step, int64_t row) {
+  RowBlocks<kFormat> blocks(step.args, row);
+  bool changed = false;
+  for (int64_t chunk = 0; chunk < step.args.cols; chunk += kMomentBlock) {
+    blocks.load(chunk);
+    for (int64_t i = 0; i < blocks.size(); i += kBlockSize) {
+      const AdamBlock block = blocks.at(i);
+      changed |= block.count == kBlockSize ? run_block<kFormat>(step, block) : run_short_block<kFormat>(step, block);
     }
-    Bf16* master = static_cast<Bf16*>(args.master) + element;
-    Bf16 rounded[kBlockSize];
-    widen(master, count, weight);
-    step_block(scalars, grad_scale, block_at(start, count), weight);
-    round_block(count, weight, rounded);
-    return replace(master, rounded, count);
+    blocks.store();
   }
+  return changed;
+}
 
-  // The new codes of one block of nearest rounding, or (random not null) of stochastic rounding. True if a bit changed.
-  bool encode(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes, uint8_t* absmax) const {
-    uint8_t encoded[2 * kBlockSize];
-    alignas(float) uint8_t scale[sizeof(float)];
-    encode_block(args.format, weight, count, random, encoded, scale);
-    const bool changed = replace(codes, encoded, used_bytes(args.format, count));
-    if (args.format == Format::bf16) return changed;
-    return replace(absmax, scale, scale_bytes(args.format)) || changed;
-  }
+template <Format kFormat>
+bool run_row_plain(const AdamStep& step, int64_t row) {
+  return run_row<kFormat>(step, row);
+}
 
-  // True if a bit of codes, absmax or master changed.
-  bool run() const {
-    const int64_t scale_step = num_blocks(args.format, kBlockSize) * scale_bytes(args.format);
-    const int64_t code_step = used_bytes(args.format, kBlockSize);
-    uint8_t* codes = args.codes + row * code_bytes(args.format, args.cols);
-    uint8_t* absmax = static_cast<uint8_t*>(args.absmax) + row * num_blocks(args.format, args.cols) * scale_step;
-    bool changed = false;
-    float weight[kBlockSize];
-    uint32_t random[kBlockSize];
-    for (int64_t start = 0; start < args.cols; start += kBlockSize, codes += code_step, absmax += scale_step) {
-      const int64_t count = std::min(kBlockSize, args.cols - start);
-      if (args.mode == AdamMode::master) {
-        changed |= step_master(start, count, weight);
-        changed |= encode(weight, count, nullptr, codes, absmax);
+using RunRow = bool (*)(const AdamStep&, int64_t);
+
+#ifdef USAF_HAS_ISA_LEVELS
+template <Format kFormat>
+USAF_AVX2 bool run_row_avx2(const AdamStep& step, int64_t row) {
+  return run_row<kFormat>(step, row);
+}
+
+template <Format kFormat>
+USAF_AVX512 bool run_row_avx512(const AdamStep& step, int64_t row) {
+  return run_row<kFormat>(step, row);
+}
+
+template <Format kFormat, AdamMode kMode, class Master, class Grad>
+USAF_AVX512 bool run_nf4_row(const AdamStep& step, int64_t row) {
+  RowBlocks<kFormat> blocks(step.args, row);
+  __m512i difference = _mm512_setzero_si512();
+  bool changed = false;
+  for (int64_t chunk = 0; chunk < step.args.cols; chunk += kMomentBlock) {
+    blocks.load(chunk);
+    for (int64_t i = 0; i < blocks.size(); i += kBlockSize) {
+      const AdamBlock block = blocks.at(i);
+      if (block.count == kBlockSize) {
+        run_nf4_block<kFormat, kMode, Master, Grad>(step, block, difference);
       } else {
-        decode_block(args.format, codes, absmax, count, weight);
-        step_block(scalars, grad_scale, block_at(start, count), weight);
-        fill_random(args.seed, step, args.first_element + row * args.cols + start, count, random);
-        changed |= encode(weight, count, random, codes, absmax);
+        changed |= run_short_block<kFormat>(step, block);
       }
     }
-    return changed;
+    blocks.store();
   }
-};
+  return changed || _mm512_test_epi32_mask(difference, difference) != 0;
+}
+
+template <Format kFormat, class Grad>
+RunRow nf4_row_function(const MaskedAdamArgs& args) {
+  switch (args.mode) {
+    case AdamMode::in_place:
+      return run_nf4_row<kFormat, AdamMode::in_place, float, Grad>;
+    case AdamMode::residual:
+      return run_nf4_row<kFormat, AdamMode::residual, float, Grad>;
+    case AdamMode::eco:
+      return run_nf4_row<kFormat, AdamMode::eco, float, Grad>;
+    case AdamMode::master:
+      break;
+  }
+  return args.master_dtype == DType::f32 ? run_nf4_row<kFormat, AdamMode::master, float, Grad>
+                                         : run_nf4_row<kFormat, AdamMode::master, Bf16, Grad>;
+}
+#endif
+
+template <Format kFormat>
+RunRow row_function_of([[maybe_unused]] const MaskedAdamArgs& args) {
+#ifdef USAF_HAS_ISA_LEVELS
+  if (isa() == Isa::avx512) {
+    if constexpr (is_nf4(kFormat)) {
+      return args.grad_dtype == DType::f32 ? nf4_row_function<kFormat, float>(args)
+                                           : nf4_row_function<kFormat, Bf16>(args);
+    } else {
+      return run_row_avx512<kFormat>;
+    }
+  }
+  if (isa() == Isa::avx2) return run_row_avx2<kFormat>;
+#endif
+  return run_row_plain<kFormat>;
+}
+
+RunRow row_function(const MaskedAdamArgs& args) {
+  switch (args.format) {
+    case Format::bf16:
+      return row_function_of<Format::bf16>(args);
+    case Format::nf4:
+      return row_function_of<Format::nf4>(args);
+    case Format::nf4_f16:
+      return row_function_of<Format::nf4_f16>(args);
+    case Format::int8:
+      return row_function_of<Format::int8>(args);
+    case Format::fp8:
+      return row_function_of<Format::fp8>(args);
+  }
+  throw std::invalid_argument("format: unknown");
+}
 
 }  // namespace
 
 void masked_adam(const MaskedAdamArgs& args, void*) {
   if (args.found_inf && *args.found_inf != 0.0f) return;
   const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
+  const RunRow run_row = row_function(args);
   std::atomic<bool> changed{false};
   parallel_for(args.num_rows, args.cols, [&](int64_t r) {
     if (args.active && !args.active[r]) return;
     const int32_t step = args.step[r] + 1;
     const AdamScalars scalars = adam_scalars(args.lr, args.beta1, args.beta2, args.eps, args.weight_decay, step);
-    if (Row{args, r, step, scalars, grad_scale}.run()) changed.store(true, std::memory_order_relaxed);
+    if (run_row({args, scalars, step, grad_scale}, r)) changed.store(true, std::memory_order_relaxed);
     args.step[r] = step;
   });
   if (args.changed && changed.load(std::memory_order_relaxed)) *args.changed = 1;

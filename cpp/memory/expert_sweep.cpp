@@ -4,6 +4,8 @@
 #include <numeric>
 #include <utility>
 
+#include "../errors.h"
+
 namespace usaf {
 
 ExpertSweep::ExpertSweep(std::shared_ptr<ExpertPager> pager)
@@ -46,8 +48,19 @@ std::vector<ExpertPager::Ticket> ExpertSweep::begin(int64_t layer, const std::ve
 }
 
 void ExpertSweep::reset() {
+  failure_ = std::current_exception();
   queued_ = Queued{};
   pager_->reset();
+}
+
+void ExpertSweep::rethrow_failure(const std::string& text) {
+  const std::exception_ptr failure = std::exchange(failure_, nullptr);
+  try {
+    if (failure) std::rethrow_exception(failure);
+  } catch (const Error& error) {
+    if (text.find(error.what()) != std::string::npos) throw;
+  } catch (...) {
+  }
 }
 
 }  // namespace usaf

@@ -5,7 +5,9 @@
 // the backward sweep fetches exactly those.
 #pragma once
 #include <cstdint>
+#include <exception>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "expert_pager.h"
@@ -23,8 +25,12 @@ class ExpertSweep {
   // going up if `dense` (so many tokens that all will be hit), the ones it used last coming down.
   std::vector<ExpertPager::Ticket> begin(int64_t layer, const std::vector<int64_t>& experts, bool dense, Phase phase);
 
-  // After an exception in the middle of a sweep: no ticket survives.
+  // In the handler of an exception from the middle of a sweep: no ticket survives, and the exception is kept.
   void reset();
+
+  // Throw the latest such exception, once, if it is one of this library's (errors.h) and its text is part of `text`: an
+  // op of torch makes it a RuntimeError of that text.
+  void rethrow_failure(const std::string& text);
 
  private:
   struct Queued {
@@ -37,6 +43,7 @@ class ExpertSweep {
   std::shared_ptr<ExpertPager> pager_;
   std::vector<std::vector<int64_t>> used_;  // by layer: experts of its latest forward
   Queued queued_;
+  std::exception_ptr failure_;
 };
 
 }  // namespace usaf

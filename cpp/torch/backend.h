@@ -23,6 +23,9 @@ struct CpuBackend {
   static constexpr auto row_importance = cpu::row_importance;
   static constexpr auto masked_adam = cpu::masked_adam;
   static constexpr auto router_uniform = cpu::router_uniform;
+  static constexpr auto decode_residual = cpu::decode_residual;
+  static constexpr auto encode_residual = cpu::encode_residual;
+  static constexpr auto decode_moments8 = cpu::decode_moments8;
 
   // Makes the tensor's device current for its lifetime; stream() is that device's current stream.
   struct Guard {

@@ -31,13 +31,18 @@ TORCH_LIBRARY(usaf, m) {
   m.def(
       "masked_adam_(Tensor(a!) codes, Tensor(b!) absmax, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) step, "
       "Tensor grad, str format, str adam_mode, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "Tensor(f!)? master=None, Tensor? active=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor(g!)? "
-      "changed=None, int seed=0, SymInt first_element=0) -> ()");
+      "Tensor(f!)? master=None, Tensor(g!)? residual=None, Tensor(h!)? exp_avg_absmax=None, Tensor(i!)? "
+      "exp_avg_sq_absmax=None, Tensor? active=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor(j!)? "
+      "changed=None, bool stochastic=True, int seed=0, SymInt first_element=0) -> ()");
+  m.def("dequantize_residual(Tensor codes, Tensor absmax, Tensor residual, str format) -> Tensor");
+  m.def("quantize_residual(Tensor weight, Tensor codes, Tensor absmax, str format) -> Tensor");
+  m.def("dequantize_moments8(Tensor codes, Tensor absmax, bool signed) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(usaf, Autograd, m) {
   for (const char* name : {"quantize_blocks", "dequantize_blocks", "quantize_rows_", "expert_scatter_backward",
-                           "glu_backward", "row_gradient_", "row_importance_", "router_uniform_", "masked_adam_"}) {
+                           "glu_backward", "row_gradient_", "row_importance_", "router_uniform_", "masked_adam_",
+                           "dequantize_residual", "quantize_residual", "dequantize_moments8"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -9,6 +9,7 @@ import torch
 from . import _C, ops
 from .bank_rows import (
     BANK_MODES,
+    KEPT_BY_MODE,
     MASTER_DTYPES,
     ROWS_PER_NEURON,
     Rows,
@@ -36,23 +37,24 @@ def host_memory(like: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class RowBank:
-    """Codes, scales, master and gradient of one layer's trained neurons.
+    """Codes, scales and gradient of one layer's trained neurons, and what is kept beside the codes.
 
-    Neuron i owns three rows of length hidden_size: gate, up and down^T. The model always computes through the codes;
-    in mode "master" a bf16 or fp32 copy of the rows beside them keeps the small steps (and is what export writes), in
-    mode "in_place" there is nothing beside them.
+    Neuron i owns three rows of length hidden_size: gate, up and down^T. The model always computes through the codes.
+    Beside them, mode "master" keeps a bf16 or fp32 copy of the rows and "residual" the rounding error in a byte a
+    weight, so that small steps are not lost (export writes what both stand for); "eco" and "in_place" keep nothing. The
+    update of each mode: ops.masked_adam_.
 
-    Placement "host" keeps what only the optimizer needs in host memory: the master, the moments, and copies of codes
-    and scales; the update runs on the CPU, `grad` crosses to it and the new codes come back (`publish`).
+    Placement "host" keeps what only the optimizer needs in host memory: master or residual, the moments, and copies of
+    codes and scales; the update runs on the CPU, `grad` crosses to it and the new codes come back (`publish`).
 
     Attributes (n neurons, E experts, H hidden_size; on `device` unless said otherwise):
-        layer: MoE layer number. format: one of `_C.FORMATS`. mode: "master" or "in_place".
-        rounding: "stochastic" or "nearest", of mode "in_place". placement: "device" or "host".
+        layer: MoE layer number. format: one of `_C.FORMATS`. mode: one of BANK_MODES.
+        rounding: "stochastic" or "nearest", of modes "in_place" and "eco". placement: "device" or "host".
         neuron_expert, neuron_index: int32 [n], sorted by (expert, neuron).
         codes: uint8 [n, 3, code_bytes]. absmax: ops.scale_dtype(format) [n, 3, num_blocks].
         state_codes, state_absmax: what the optimizer updates: codes and absmax themselves or, of a trainable bank in
             placement "host", their copies in host memory.
-        master: [n, 3, H], bfloat16 or float32, where the placement says, or None.
+        master: [n, 3, H], bfloat16 or float32, residual: int8 [n, 3, H], where the placement says; or None.
         grad: float32 or bfloat16 [n, 3, H] that the expert layer's backward adds to; None: the bank is not trainable.
         expert_hit: uint8 [E] on the CPU; backward sets 1 where an expert's gradients were added.
         grad_squares: float64 [E] on the CPU: the sum of squares of each expert's rows of grad, kept by backward.
@@ -73,6 +75,7 @@ class RowBank:
         codes: torch.Tensor,
         absmax: torch.Tensor,
         master: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
         device: torch.device | str = "cpu",
         trainable: bool = True,
         rounding: str = "stochastic",
@@ -88,8 +91,9 @@ class RowBank:
         if format not in _C.FORMATS:
             raise ValueError(f"format must be one of {tuple(_C.FORMATS)}, got {format!r}")
         check_options(mode=mode, rounding=rounding, grad_dtype=grad_dtype, placement=placement)
-        if (master is None) != (mode == "in_place"):
-            raise ValueError(f"mode {mode!r} {'needs' if mode == 'master' else 'has no'} master")
+        for name, kept in (("master", master), ("residual", residual)):
+            if (kept is None) == (KEPT_BY_MODE[mode] == name):
+                raise ValueError(f"mode {mode!r} {'needs' if kept is None else 'has no'} {name}")
         check_neurons(neuron_expert, neuron_index, num_experts, intermediate_size)
         n = len(neuron_expert)
         expected: list[tuple[str, torch.Tensor, tuple[torch.dtype, ...], tuple[int, ...]]] = [
@@ -98,6 +102,8 @@ class RowBank:
         ]
         if master is not None:
             expected.append(("master", master, tuple(MASTER_DTYPES.values()), (n, ROWS_PER_NEURON, hidden_size)))
+        if residual is not None:
+            expected.append(("residual", residual, (torch.int8,), (n, ROWS_PER_NEURON, hidden_size)))
         for name, tensor, dtypes, shape in expected:
             if tensor.dtype not in dtypes:
                 raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
@@ -117,9 +123,10 @@ class RowBank:
         self.state_codes, self.state_absmax = self.codes, self.absmax
         if in_host and trainable:
             self.state_codes, self.state_absmax = (self._to_host(tensor) for tensor in (codes, absmax))
-        self.master = master
-        if master is not None:
-            self.master = self._to_host(master) if in_host else master.to(device).contiguous()
+        self.master, self.residual = (
+            None if kept is None else self._to_host(kept) if in_host else kept.to(device).contiguous()
+            for kept in (master, residual)
+        )
         self.expert_hit = torch.zeros(num_experts, dtype=torch.uint8)
         self.grad_squares = torch.zeros(num_experts, dtype=torch.float64)
         self.grad: torch.Tensor | None = None
@@ -167,8 +174,8 @@ class RowBank:
     ) -> RowBank:
         """Copy the rows of `neurons` = (neuron_expert, neuron_index), int32 [n] each, out of `store`.
 
-        Masters come from `originals`, the checkpoint that `store` was made of; without it they are the decoded codes,
-        and a warning is logged. options: device, rounding, grad_dtype, placement, as the constructor's.
+        Masters and residuals start from `originals`, the checkpoint that `store` was made of; without it from the
+        decoded codes, and a warning is logged. options: device, rounding, grad_dtype, placement, as the constructor's.
         Raises StoreError when the fingerprint of `originals` is not the store's.
         """
         rows = store_rows(store, layer, neurons, originals=originals, mode=mode, master_dtype=master_dtype)
@@ -181,7 +188,10 @@ class RowBank:
             intermediate_size=store.intermediate_size,
             neuron_expert=neurons[0],
             neuron_index=neurons[1],
-            **rows,
+            codes=rows["codes"],
+            absmax=rows["absmax"],
+            master=rows.get("master"),
+            residual=rows.get("residual"),
             **options,
         )
 
@@ -205,13 +215,16 @@ class RowBank:
             intermediate_size=self.intermediate_size,
             neuron_expert=neuron_expert,
             neuron_index=neuron_index,
+            codes=rows["codes"],
+            absmax=rows["absmax"],
+            master=rows.get("master"),
+            residual=rows.get("residual"),
             device=self.device,
             trainable=trainable,
             rounding=self.rounding,
             grad_dtype=self.grad_dtype,
             placement=self.placement,
             grad_buffer=grad_buffer,
-            **rows,
         )
 
     @property
@@ -235,17 +248,20 @@ class RowBank:
 
     @property
     def rows(self) -> Rows:
-        """What was learnt and nothing else: codes, absmax and, by mode, the master; where the update runs."""
-        rows = {"codes": self.state_codes, "absmax": self.state_absmax, "master": self.master}
-        return {name: tensor for name, tensor in rows.items() if tensor is not None}
+        """What was learnt and nothing else: codes, absmax and what the mode keeps; where the update runs."""
+        rows = {"codes": self.state_codes, "absmax": self.state_absmax}
+        kept = {"master": self.master, "residual": self.residual}
+        return rows | {name: tensor for name, tensor in kept.items() if tensor is not None}
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the tensors on `device` (a shared gradient buffer counts as far as this bank uses it)."""
-        held = [self.neuron_expert, self.neuron_index, self.codes, self.absmax, self.grad]
+        """Bytes of the tensors on `device`, without a gradient buffer that is shared."""
+        held = [self.neuron_expert, self.neuron_index, self.codes, self.absmax]
+        if self.grad is not None and self.grad_buffer is None:
+            held.append(self.grad)
         if self.placement == "device":
-            held.append(self.master)
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+            held += [kept for kept in (self.master, self.residual) if kept is not None]
+        return sum(tensor.nbytes for tensor in held)
 
     @property
     def host_bytes(self) -> int:
@@ -265,7 +281,10 @@ class RowBank:
         return ops.dequantize_blocks(self.codes, self.absmax, self.hidden_size, self.format, dtype=dtype)
 
     def trained_rows(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights that were learnt: the master, or the decoded codes in mode "in_place"; [n, 3, H]."""
+        """The weights that were learnt, [n, 3, H]: the master, codes and residual together, or the decoded codes."""
+        if self.residual is not None:
+            codes, absmax = (tensor.to(self.residual.device) for tensor in (self.state_codes, self.state_absmax))
+            return ops.dequantize_residual(codes, absmax, self.residual, self.format).to(dtype)
         return self.master.to(dtype) if self.master is not None else self.decode(dtype)
 
     def publish(self) -> None:

@@ -1,7 +1,7 @@
 """Rows of neurons outside a bank: which neurons they are, where their first values come from, and moving them about.
 
 A position is expert * intermediate_size + neuron, int64: positions of one layer are compared, sorted and merged. Rows
-are a dict of tensors [n, 3, ..], one entry a kind of state ("codes", "absmax" and, by mode, "master" or "residual").
+are a dict of tensors [n, 3, ..], one entry a kind of state: "codes", "absmax" and what KEPT_BY_MODE names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROWS_PER_NEURON = 3  # gate, up, down^T
-BANK_MODES = ("master", "in_place")
+# What each mode keeps beside codes and scales (see ops.masked_adam_), and so what a delta holds.
+KEPT_BY_MODE: dict[str, str | None] = {"master": "master", "in_place": None, "residual": "residual", "eco": None}
+BANK_MODES = tuple(KEPT_BY_MODE)
 MASTER_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 Rows = dict[str, torch.Tensor]
@@ -96,18 +98,21 @@ def store_rows(
         expert_codes, expert_absmax = store.rows(layer, expert, selected)
         codes.append(expert_codes)
         absmax.append(expert_absmax)
-        if originals is not None and mode == "master":
-            original_rows.append(originals.neurons(layer, expert, selected).to(master_dtype))
+        if originals is not None and KEPT_BY_MODE[mode] is not None:
+            original_rows.append(originals.neurons(layer, expert, selected))
     rows = {"codes": torch.cat(codes), "absmax": torch.cat(absmax)}
-    if mode != "master":
+    if KEPT_BY_MODE[mode] is None:
         return rows
-    if originals is not None:
-        return {**rows, "master": torch.cat(original_rows)}
-    logger.warning(
-        "layer %d: no original weights given; the masters start from the decoded %s codes", layer, store.format
-    )
-    decoded = ops.dequantize_blocks(rows["codes"], rows["absmax"], store.hidden_size, store.format, torch.float32)
-    return {**rows, "master": decoded.to(master_dtype)}
+    if original_rows:
+        weights = torch.cat(original_rows)
+    else:
+        logger.warning(
+            "layer %d: no original weights given; the %ss start from the decoded %s codes", layer, mode, store.format
+        )
+        weights = ops.dequantize_blocks(rows["codes"], rows["absmax"], store.hidden_size, store.format)
+    if mode == "master":
+        return {**rows, "master": weights.to(master_dtype)}
+    return {**rows, "residual": ops.quantize_residual(weights.float(), rows["codes"], rows["absmax"], store.format)}
 
 
 def take_rows(rows: Rows, index: torch.Tensor) -> Rows:

@@ -38,6 +38,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _add_host_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host-budget",
+        type=_size,
+        default=None,
+        metavar="BYTES",
+        help="host memory for the experts, e.g. 12GiB; a store that is larger is read from disk (default: no limit)",
+    )
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a Hugging Face checkpoint, a store or a run folder")
     parser.add_argument(
@@ -50,8 +60,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="page slots plus decode scratch on the device, e.g. 8GiB (default: auto)",
     )
+    _add_host_budget(parser)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default=None, help="compute dtype (default: the checkpoint's)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default=None,
+        help="compute dtype (default: the checkpoint's); float16 trains with loss scaling",
     )
     parser.add_argument("--originals", default=None, help="folder of the original checkpoint, if a store has moved")
 
@@ -103,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a dequantized export (default: float32)")
     export.add_argument("--originals", default=None, help="folder of the original checkpoint, if it has moved")
+    _add_host_budget(export)
     return parser
 
 

@@ -23,6 +23,7 @@ def _load(arguments: argparse.Namespace):
         device_budget=arguments.device_budget,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         originals=arguments.originals,
+        host_budget=arguments.host_budget,
     )
 
 
@@ -57,8 +58,7 @@ def quantize(arguments: argparse.Namespace) -> int:
 
     ExpertStore.check_target(arguments.store)
     source = ModelSource.open(arguments.model)
-    store = ExpertStore.quantize(source, arguments.format)
-    store.save(arguments.store, source)
+    store = ExpertStore.quantize_to(arguments.store, source, arguments.format)
     weights = 3 * store.num_layers * store.num_experts * store.hidden_size * store.intermediate_size
     print(
         f"{arguments.store}: {store.num_layers} layers x {store.num_experts} experts in {store.format}, "
@@ -130,7 +130,9 @@ def export(arguments: argparse.Namespace) -> int:
 
     if arguments.base == "original" and arguments.dtype is not None:
         raise ValueError("--dtype: only with --base dequantized; an original-based export keeps the checkpoint's")
-    loaded = load_model(arguments.run, originals=arguments.originals, dtype=torch.float32)
+    loaded = load_model(
+        arguments.run, originals=arguments.originals, dtype=torch.float32, host_budget=arguments.host_budget
+    )
     if loaded.run is None:
         raise ValueError(f"RUN: {arguments.run} is no run folder")
     if loaded.originals is None and arguments.base == "original":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from .atomic import atomic_file
 from .bank import RowBank
+from .bank_rows import KEPT_BY_MODE
 from .errors import StoreError
 from .experts import PagedLayer, expert_store, paged_layers, trained_banks
 from .router import find_routers, train_routers, trained_routers
@@ -23,7 +24,6 @@ DELTA_FORMAT_VERSION = 2  # 1: without frozen rows
 DELTA_KIND = "usaf_delta"
 _METADATA_KEY = "usaf"
 _ROWS = ("neuron_expert", "neuron_index", "codes", "absmax")
-_ROWS_OF_MODE = {"master": (*_ROWS, "master"), "in_place": _ROWS}
 
 
 def _digest(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
@@ -81,17 +81,18 @@ class Delta:
 
     Attributes:
         fingerprint: of the base model (None: a store made from plain tensors). format, mode: as in RowBank.
-        banks: layer name -> {"neuron_expert", "neuron_index", "codes", "absmax"[, "master"]}, as in RowBank, on CPU.
-        frozen: the same of the rows that re-selection froze, of the layers that have any.
+        banks: layer name -> {"neuron_expert", "neuron_index", "codes", "absmax"[, "master" or "residual"]}, as in
+            RowBank, on the CPU.
         routers: router name -> float32 weight [num_experts, hidden_size].
+        frozen: as banks, of the rows that re-selection froze; layers without any are not in it.
     """
 
     fingerprint: str | None
     format: str
     mode: str
     banks: dict[str, dict[str, torch.Tensor]]
-    frozen: dict[str, dict[str, torch.Tensor]]
     routers: dict[str, torch.Tensor]
+    frozen: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
 def delta_of(model: nn.Module) -> Delta:
@@ -108,7 +109,7 @@ def delta_of(model: nn.Module) -> Delta:
         raise ValueError("model: nothing was trained: no layer has a bank and no router is trained")
     if len(modes) > 1:
         raise ValueError(f"model: its banks differ in mode: {sorted(modes)}")
-    return Delta(store.fingerprint, store.format, modes.pop() if modes else "master", banks, frozen, routers)
+    return Delta(store.fingerprint, store.format, modes.pop() if modes else "master", banks, routers, frozen)
 
 
 def _bank_rows(bank: RowBank) -> dict[str, torch.Tensor]:
@@ -138,13 +139,16 @@ def read_delta(path: str | Path) -> Delta:
     header, tensors = read_checked(Path(path), DELTA_KIND, DELTA_FORMAT_VERSION)
     try:
         mode = header["mode"]
-        rows = _ROWS_OF_MODE[mode]
+        if mode not in KEPT_BY_MODE:
+            raise StoreError(f"{path}: mode {mode!r} is unknown to this usaf_ext")
+        kept = KEPT_BY_MODE[mode]
+        rows = _ROWS if kept is None else (*_ROWS, kept)
         banks = {layer: {name: tensors[f"{layer}.{name}"] for name in rows} for layer in header["layers"]}
         frozen = {
             layer: {name: tensors[f"{layer}.frozen.{name}"] for name in rows} for layer in header.get("frozen", [])
         }
         routers = {name: tensors[f"{name}.weight"] for name in header["routers"]}
-        return Delta(header["fingerprint"], header["format"], mode, banks, frozen, routers)
+        return Delta(header["fingerprint"], header["format"], mode, banks, routers, frozen)
     except KeyError as error:
         raise StoreError(f"{path}: incomplete: {error} is missing") from error
 
@@ -192,6 +196,7 @@ def apply_delta(model: nn.Module, delta: Delta, *, trainable: bool = True, **opt
 def _bank_of(layer: PagedLayer, delta: Delta, rows: dict[str, torch.Tensor] | None, **options: Any) -> RowBank | None:
     if rows is None:
         return None
+    own: dict[str, Any] = {name: tensor.clone() for name, tensor in rows.items()}
     try:
         return RowBank(
             layer=layer.index,
@@ -201,7 +206,7 @@ def _bank_of(layer: PagedLayer, delta: Delta, rows: dict[str, torch.Tensor] | No
             hidden_size=layer.hidden_size,
             intermediate_size=layer.intermediate_size,
             device=layer.anchor.device,
-            **{name: tensor.clone() for name, tensor in rows.items()},
+            **own,
             **options,
         )
     except (TypeError, ValueError) as error:

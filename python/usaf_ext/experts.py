@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,18 @@ def _(grad_out, x, index, weights, handle):
     return [torch.empty_like(one) for one in x], [torch.empty_like(one) for one in weights], grad_anchor
 
 
+def run_op(op: Callable[..., Any], handle: int, *arguments: Any) -> Any:
+    """`op(*arguments)` on the layer with `handle`; what failed in its pager is a StoreError or DeviceError again.
+
+    Torch makes a RuntimeError of every C++ exception that it does not know.
+    """
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        _layers[handle].memory.sweep.rethrow_failure(str(error))
+        raise
+
+
 def _save_inputs(ctx, inputs, output):
     x, index, weights, _anchor, handle, _training = inputs
     ctx.save_for_backward(x, index, weights)
@@ -55,7 +67,8 @@ def _backward(ctx, grad_out):
     x, index, weights = ctx.saved_tensors
     if index is not ctx.routed:
         _layers[ctx.handle].note_route(ctx.routed, index)
-    grad_x, grad_weights, grad_anchor = torch.ops.usaf.experts_backward(grad_out, x, index, weights, ctx.handle)
+    op = torch.ops.usaf.experts_backward
+    grad_x, grad_weights, grad_anchor = run_op(op, ctx.handle, grad_out, x, index, weights, ctx.handle)
     return grad_x, None, grad_weights, grad_anchor, None, None
 
 
@@ -79,6 +92,7 @@ class PagedLayer:
         anchor: fp32 Parameter of one element, never updated. It makes autograd run the backward, and its gradient is
             the norm of the gradients accumulated in the bank, so that clipping by a global norm counts them.
         token_counts: int32 [num_experts], the tokens per expert of the latest forward (all its micro-batches).
+        rerouted: bool, 0-dim: a recompute chose other experts than its forward (see `check_routes`); None: none ran.
         bank: the trained neurons, or None.
         frozen_bank: neurons trained earlier, whose rows the model computes with, or None.
     """
@@ -104,13 +118,13 @@ class PagedLayer:
         dtype = str(memory.dtype).removeprefix("torch.")
         self.native = _C.ExpertLayer(memory.sweep, index, activation, dtype, memory.scratch_pointer)
         self.native.set_token_counts(self.token_counts.data_ptr())
-        self._rerouted: Tensor | None = None
+        self.rerouted: Tensor | None = None
         _layers[self.native.handle] = self
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return torch.ops.usaf.experts_forward(
-            hidden, top_k_index, top_k_weights, self.anchor, self.native.handle, torch.is_grad_enabled()
-        )
+        handle = self.native.handle
+        arguments = (hidden, top_k_index, top_k_weights, self.anchor, handle, torch.is_grad_enabled())
+        return run_op(torch.ops.usaf.experts_forward, handle, *arguments)
 
     @property
     def bank(self) -> RowBank | None:
@@ -187,13 +201,13 @@ class PagedLayer:
 
     def note_route(self, forward: Tensor, recomputed: Tensor) -> None:
         """Compare the top-k index of a forward with that of its recompute, on the device; see `check_routes`."""
-        if self._rerouted is None:
-            self._rerouted = torch.zeros((), dtype=torch.bool, device=forward.device)
-        self._rerouted |= (forward != recomputed).any()
+        if self.rerouted is None:
+            self.rerouted = torch.zeros((), dtype=torch.bool, device=forward.device)
+        self.rerouted |= (forward != recomputed).any()
 
     def take_rerouted(self) -> bool:
         """Whether a recompute since the last call routed otherwise than its forward; waits for the device if so."""
-        flag, self._rerouted = self._rerouted, None
+        flag, self.rerouted = self.rerouted, None
         return flag is not None and bool(flag)
 
     def begin_importance(self, metric: str = "gradient") -> Tensor:

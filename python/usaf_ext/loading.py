@@ -13,6 +13,7 @@ from .checkpoint_source import ModelSource, resolve_folder
 from .delta import apply_delta
 from .errors import StoreError
 from .integrations.transformers import UsafConfig, originals_of
+from .memory import COMPUTE_DTYPES
 from .run_folder import RunFolder
 
 
@@ -42,6 +43,7 @@ def load_model(
     device_budget: int | str = "auto",
     dtype: torch.dtype | None = None,
     originals: str | Path | None = None,
+    host_budget: int | str | None = None,
 ) -> LoadedModel:
     """Load a checkpoint (quantising its experts), a store, or a run folder (its base model with its latest delta).
 
@@ -49,6 +51,7 @@ def load_model(
         format: of the experts; None: a store's own, the run's own, "nf4" for a checkpoint.
         device_budget: see `ExpertMemory`. dtype: compute dtype; None: the checkpoint's.
         originals: folder of the original checkpoint, where a store has moved.
+        host_budget: see `UsafConfig`.
 
     Raises:
         StoreError, BudgetError, ValueError: as `UsafConfig` and the loader say; a run without a checkpoint.
@@ -67,9 +70,9 @@ def load_model(
     folder = resolve_folder(base)
     if dtype is None:
         dtype = AutoConfig.from_pretrained(folder).dtype or torch.float32
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype} (name one)")
-    config = UsafConfig(format=format, device_budget=device_budget, originals=originals)
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype} (name one)")
+    config = UsafConfig(format=format, device_budget=device_budget, originals=originals, host_budget=host_budget)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
     if delta is not None:
         apply_delta(model, delta, trainable=False)

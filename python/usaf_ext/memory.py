@@ -1,6 +1,9 @@
-"""The device memory of a model's experts: page slots and decode scratch, under one hard budget."""
+"""The memory of a model's experts: page slots and decode scratch on the device, and what the host holds for them, each
+under one hard budget."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 
@@ -9,9 +12,15 @@ from .errors import BudgetError
 from .sizes import format_size, parse_size
 from .store import ExpertStore
 
+logger = logging.getLogger(__name__)
+
 _MATRICES = 3  # gate, up, down^T of one expert are decoded at a time
 _MIN_SLOTS = 2  # one page computes while the next arrives
 _SLAB_ALIGN = 64
+_MIN_BUFFERS = 2  # one page is copied while the next is read
+_AUTO_BUFFERS = 16
+_BUFFER_OVERHEAD = 512  # bytes of bookkeeping a host buffer, at most
+_READER_BYTES = 128 << 10  # stacks of the threads that read from disk, and their lists
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,13 +34,23 @@ class ExpertMemory:
             "auto": room for every page, but on the CPU, where pages are copies of what is in memory already, for two
             layers' pages.
         dtype: compute dtype, torch.float32, torch.bfloat16 or torch.float16.
+        host_budget: bytes (an int, or a text such as "12GiB") that store, host buffers and what `reserve_host` sets
+            aside may take together of the process's memory; None: no limit. A store in memory must fit. Of a store on
+            disk, as many pages are kept in host buffers as fit; None: 16.
 
     Raises:
-        BudgetError: the budget is too small; the message names the smallest that works.
+        BudgetError: a budget is too small; the message names the smallest that works.
     """
 
-    def __init__(self, store: ExpertStore, device_budget: int | str = "auto", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        store: ExpertStore,
+        device_budget: int | str = "auto",
+        dtype: torch.dtype = torch.float32,
+        host_budget: int | str | None = None,
+    ):
         num_slots = self.slots_for(store, device_budget, dtype)
+        num_buffers = self.buffers_for(store, host_budget)
         self.store = store
         self.dtype = dtype
         self.num_slots = num_slots
@@ -39,8 +58,15 @@ class ExpertMemory:
         self._scratch = torch.empty(self._scratch_bytes(store, dtype), dtype=torch.uint8)
         self.device_budget = self.device_bytes if device_budget == "auto" else parse_size(device_budget)
         first_slot = -(-self._slab.data_ptr() // _SLAB_ALIGN) * _SLAB_ALIGN
-        self.pager = _C.ExpertPager(store.native, first_slot, num_slots, self._slab)
+        self.pager = _C.ExpertPager(store.native, first_slot, num_slots, self._slab, num_buffers)
         self.sweep = _C.ExpertSweep(self.pager)
+        self.host_budget = None if host_budget is None else parse_size(host_budget, "host_budget")
+        self._reserved_host = 0
+        where = "in memory" if store.tier == "memory" else f"on disk, {num_buffers} pages of it in host buffers"
+        logger.info(
+            "%s of experts %s: %s of host memory, %s on the device",
+            *(format_size(store.bytes), where, format_size(self.host_bytes), format_size(self.device_bytes)),
+        )
 
     @classmethod
     def slots_for(cls, store: ExpertStore, device_budget: int | str, dtype: torch.dtype) -> int:
@@ -76,6 +102,64 @@ class ExpertMemory:
         """Bytes of the smallest budget that works: two slots and the scratch."""
         return _MIN_SLOTS * store.layout.page_bytes + cls._scratch_bytes(store, dtype) + _SLAB_ALIGN
 
+    @classmethod
+    def buffers_for(cls, store: ExpertStore, host_budget: int | str | None, reserved: int = 0) -> int:
+        """Host buffers of a page each that `host_budget` affords beside `reserved` bytes; 0 for a store in memory.
+
+        Raises:
+            ValueError: a budget that is no size.
+            BudgetError: the budget is too small.
+        """
+        budget = None if host_budget is None else parse_size(host_budget, "host_budget")
+        if store.tier == "memory":
+            if budget is not None and budget < store.bytes + reserved:
+                raise BudgetError(_too_small(budget, store.bytes, reserved, "keeps these experts in memory"))
+            return 0
+        num_pages = store.num_layers * store.num_experts
+        if budget is None:
+            return max(_MIN_BUFFERS, min(num_pages, _AUTO_BUFFERS))
+        buffer_bytes = store.layout.page_bytes + _BUFFER_OVERHEAD
+        num_buffers = (budget - reserved - cls._host_overhead(store)) // buffer_bytes
+        if num_buffers < _MIN_BUFFERS:
+            smallest = cls.smallest_host_budget(store)
+            raise BudgetError(_too_small(budget, smallest, reserved, "works for this store on disk"))
+        return max(_MIN_BUFFERS, min(num_buffers, num_pages))
+
+    @staticmethod
+    def _host_overhead(store: ExpertStore) -> int:
+        return _READER_BYTES + store.layout.page_bytes  # a page that is read by itself, e.g. for its rows
+
+    @classmethod
+    def smallest_host_budget(cls, store: ExpertStore) -> int:
+        """Bytes of the smallest host budget that works for this store, beside reservations."""
+        if store.tier == "memory":
+            return store.bytes
+        return cls._host_overhead(store) + _MIN_BUFFERS * (store.layout.page_bytes + _BUFFER_OVERHEAD)
+
+    @property
+    def host_bytes(self) -> int:
+        """What `host_budget` covers: the store or its host buffers, and reservations."""
+        held = self.store.bytes
+        if self.store.tier == "disk":
+            buffer_bytes = self.store.layout.page_bytes + _BUFFER_OVERHEAD
+            held = self._host_overhead(self.store) + self.pager.num_buffers * buffer_bytes
+        return held + self._reserved_host
+
+    def reserve_host(self, num_bytes: int) -> None:
+        """Set `num_bytes` of the host budget aside for something else, such as banks in host memory; they replace what
+        was set aside before. Host buffers of a store on disk give way, or come back. Call it between sweeps.
+
+        Raises:
+            ValueError: negative.
+            BudgetError: they do not fit; nothing has changed.
+        """
+        if num_bytes < 0:
+            raise ValueError(f"num_bytes: expected at least 0, got {num_bytes}")
+        num_buffers = self.buffers_for(self.store, self.host_budget, num_bytes)
+        if num_buffers != self.pager.num_buffers:
+            self.pager.resize_ring(num_buffers)
+        self._reserved_host = num_bytes
+
     @property
     def scratch_pointer(self) -> int:
         return self._scratch.data_ptr()
@@ -86,8 +170,18 @@ class ExpertMemory:
         return self._slab.nbytes + self._scratch.nbytes
 
     def stats(self) -> dict[str, float]:
-        """page_hits, page_misses, bytes_in, bytes_out, stall_seconds since construction or `reset_stats`."""
+        """Since construction or `reset_stats`: page_hits, page_misses (pages), bytes_in, bytes_out (between host and
+        device), bytes_read (from disk), stall_seconds (of the host, for pages), read_stall_seconds (of them, for disk).
+        """
         return self.pager.stats()
 
     def reset_stats(self) -> None:
         self.pager.reset_stats()
+
+
+def _too_small(budget: int, smallest: int, reserved: int, what: str) -> str:
+    total = smallest + reserved
+    beside = f", {reserved} of them reserved for banks" if reserved else ""
+    return (
+        f"host_budget: {budget} bytes are too few; the smallest that {what} is {total} ({format_size(total)}){beside}"
+    )

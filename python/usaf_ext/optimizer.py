@@ -14,9 +14,9 @@ from . import ops
 from .bank import RowBank, host_memory
 from .errors import UsafError
 from .experts import PagedLayer, check_routes, paged_layers
+from .moments import MOMENTS, bank_bytes, carried_state, loaded_state, new_state
 from .router import trained_routers
 
-MOMENTS = ("fp32",)
 MAX_SKIPPED_STEPS = 10  # non-finite gradients this often in a row are no accident
 # An anchor's gradient is a sum of fp32 increments, so without clipping it is the bank's norm but for rounding.
 _UNCLIPPED = 2.0**-17
@@ -29,37 +29,32 @@ def _coefficient(clipped: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     return torch.where(untouched, 1.0, ratio)
 
 
-def _placed(tensor: torch.Tensor, bank: RowBank) -> torch.Tensor:
-    """`tensor`, or a copy of it, where the bank's update runs; in host memory beside a GPU it is pinned."""
-    if bank.placement == "host" and bank.device.type == "cuda":
-        return host_memory(tensor, bank.device).copy_(tensor)
-    return tensor.to(bank.state_device)
-
-
 def _not_finite(*values: torch.Tensor) -> torch.Tensor:
     """float32, 0-dim: 1 if any of the 0-dim tensors is infinite or NaN."""
     return (~torch.isfinite(torch.stack([value.double() for value in values])).all()).float()
 
 
 class MaskedAdam(torch.optim.Optimizer):
-    """AdamW on the selected expert rows (fp32 moments, a step count per row) and on the trained routers.
+    """AdamW on the selected expert rows (a step count per row) and on the trained routers.
 
     Parameter groups: "experts" holds the anchors of the layers with a bank, "router" the fp32 router weights (absent
-    when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first
-    step where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once.
-    torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's
-    gradient, and what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and
-    so does a ratio that is 1 but for rounding).
+    when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first step
+    where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once.
+
+    torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's gradient, and
+    what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and so does a ratio
+    that is 1 but for rounding).
 
     Rows of experts without tokens since the last step keep every bit. If any gradient is not finite, the whole step is
     skipped and no bit changes. `step` clears bank gradients and anchor gradients; router gradients are left to
-    zero_grad. Rounding noise of mode "in_place" is keyed by `seed`.
+    zero_grad. Rounding noise is keyed by `seed`.
 
     Args:
         model: a model with paged experts, or its PagedLayers (then no router is trained).
         lr: learning rate of the expert rows. router_lr: of the routers, `lr` when None.
         betas, eps, weight_decay: as torch.optim.AdamW; the decay is decoupled and applies to expert rows only.
-        moments: "fp32", or "8bit": block-wise 8-bit moments of the expert rows (the routers' stay fp32).
+        moments: "fp32", or "8bit": block-wise 8-bit moments of the expert rows (ops.empty_moments8; the routers' stay
+            fp32).
     """
 
     def __init__(
@@ -88,6 +83,8 @@ class MaskedAdam(torch.optim.Optimizer):
         self.moments = moments
         self._all_layers = layers
         self._layers = self._trained_layers()
+        if betas[0] == 0 and any(layer.bank is not None and layer.bank.mode == "eco" for layer in layers):
+            raise ValueError("betas: mode 'eco' keeps its rounding errors in exp_avg, so betas[0] must be above 0")
         weights = [router.get_parameter("weight") for router in routers.values()]
         if not self._layers and not weights:
             raise ValueError(
@@ -99,6 +96,7 @@ class MaskedAdam(torch.optim.Optimizer):
             groups.append({"params": list(self._layers), "name": "experts", "lr": lr, "weight_decay": weight_decay})
         if weights:
             groups.append({"params": weights, "name": "router", "lr": router_lr, "weight_decay": 0.0})
+        self._step_supports_amp_scaling = True  # GradScaler.step then waits for nothing; see step
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0, "seed": seed})
         device = groups[0]["params"][0].device
         self._changed = torch.zeros((), dtype=torch.int32, device=device)
@@ -137,10 +135,16 @@ class MaskedAdam(torch.optim.Optimizer):
         check_routes(self._all_layers)
         coefficients: dict[nn.Parameter, torch.Tensor] = {}
         found_inf = self._released_inf.clone()
+        # torch.amp.GradScaler.step sets these two for the call; grad_scale where gradients are not unscaled yet.
+        scaler_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if scaler_inf is not None:
+            found_inf = torch.maximum(found_inf, scaler_inf.to(found_inf.device).reshape(()))
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None or parameter in self._released:
                     continue
+                if grad_scale is not None:
+                    parameter.grad /= grad_scale
                 if group["name"] == "router":
                     found_inf = torch.maximum(found_inf, (~torch.isfinite(parameter.grad).all()).float())
                     continue
@@ -158,10 +162,18 @@ class MaskedAdam(torch.optim.Optimizer):
                 elif parameter.grad is not None:
                     self._step_router(parameter, group, found_inf)
         self._skipped.copy_(torch.where(found_inf != 0, self._skipped + 1, 0))
+        self._begin_step()
+        return loss
+
+    def _begin_step(self) -> None:
         self._released.clear()
         self._released_inf.zero_()
         self._clear_banks()
-        return loss
+
+    @property
+    def released(self) -> frozenset[nn.Parameter]:
+        """Anchors of the layers that `step_layer` has updated since the last step."""
+        return frozenset(self._released)
 
     @torch.no_grad()
     def step_layer(
@@ -205,7 +217,7 @@ class MaskedAdam(torch.optim.Optimizer):
         assert bank is not None
         state = self.state[anchor]
         if not state:
-            state.update(self._new_state(bank, bank.num_neurons))
+            state.update(new_state(bank, bank.num_neurons, self.moments))
         if group["lr"] > 0:
             self._expected |= (bank.grad_norm() * coefficient != 0) & (found_inf == 0)
         device = bank.state_device
@@ -225,23 +237,20 @@ class MaskedAdam(torch.optim.Optimizer):
             format=bank.format,
             mode=bank.mode,
             master=bank.master,
+            residual=bank.residual,
+            exp_avg_absmax=state.get("exp_avg_absmax"),
+            exp_avg_sq_absmax=state.get("exp_avg_sq_absmax"),
             active=bank.active_rows(),
             grad_scale=coefficient.float().to(device),
             found_inf=found_inf.to(device),
             changed=changed,
+            stochastic=bank.rounding == "stochastic",
             seed=group["seed"],
             # All candidates of the layers below: the noise depends neither on their banks nor on the order of stepping.
             first_element=layer.index * bank.num_candidates,
         )
         self._changed.copy_(changed)
         bank.publish()
-
-    def _new_state(self, bank: RowBank, num_neurons: int) -> dict[str, torch.Tensor]:
-        """Moments and step counts of neurons that have not made a step, where the bank's update runs."""
-        shape = (num_neurons, *bank.codes.shape[1:2], bank.hidden_size)
-        state = {"step": torch.zeros(shape[:2], dtype=torch.int32)}
-        state |= {name: torch.zeros(shape, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
-        return {name: _placed(tensor, bank) for name, tensor in state.items()}
 
     def _gradient(self, bank: RowBank) -> torch.Tensor:
         """The bank's gradient where its update runs: in placement "host" a copy, in memory that all banks share."""
@@ -266,41 +275,17 @@ class MaskedAdam(torch.optim.Optimizer):
             state = self.state.pop(layer.anchor, {})
             if state and bank is not None:
                 assert layer.bank is not None
-                self.state[layer.anchor] = self._carried(state, layer.bank, bank)
+                self.state[layer.anchor] = carried_state(state, layer.bank, bank, self.moments)
             layer.set_bank(bank)
         self._layers = self._trained_layers()
         for group in self.param_groups:
             if group["name"] == "experts":
                 group["params"] = list(self._layers)
 
-    def _carried(self, state: dict[str, torch.Tensor], old: RowBank, new: RowBank) -> dict[str, torch.Tensor]:
-        both = torch.isin(new.positions, old.positions)
-        source = torch.searchsorted(old.positions, new.positions[both])
-        carried = self._new_state(new, new.num_neurons)
-        for name, tensor in carried.items():
-            tensor[both.to(tensor.device)] = state[name][source.to(tensor.device)]
-        return carried
-
     def bank_bytes(self) -> dict[str, int]:
         """Bytes for training the expert rows, {"device": .., "host": ..}: banks, frozen rows, moments (those to come
         at the first step too) and the gradient's copy in host memory."""
-        total = {"device": 0, "host": 0}
-        for layer in self._all_layers:
-            for bank in (layer.bank, layer.frozen_bank):
-                if bank is not None:
-                    total["device"] += bank.device_bytes
-                    total["host"] += bank.host_bytes
-        for layer in self._layers.values():
-            if layer.bank is not None:
-                row = sum(tensor.nbytes for tensor in self._new_state(layer.bank, 1).values())
-                total[layer.bank.placement] += row * layer.bank.num_neurons
-        in_host = [
-            layer.bank.num_parameters * layer.bank.grad_dtype.itemsize
-            for layer in self._layers.values()
-            if layer.bank is not None and layer.bank.placement == "host"
-        ]
-        total["host"] += max(in_host, default=0)
-        return total
+        return bank_bytes(self._all_layers, self.moments)
 
     def _step_router(self, weight: nn.Parameter, group: dict[str, Any], found_inf: torch.Tensor) -> None:
         state = self.state[weight]
@@ -330,8 +315,9 @@ class MaskedAdam(torch.optim.Optimizer):
             tensor.copy_(torch.where(found_inf.to(tensor.device) != 0, old, tensor))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, those of the banks included."""
+        """Clear all gradients, those of the banks included, and begin a step anew."""
         super().zero_grad(set_to_none)
+        self._begin_step()
         self._clear_banks()
 
     def _clear_banks(self) -> None:
@@ -366,21 +352,17 @@ class MaskedAdam(torch.optim.Optimizer):
                 raise ValueError(f"state_dict: entry {position}, but there are {len(params)} parameters")
             layer = self._layers.get(params[position])
             bank = None if layer is None else layer.bank
-            if bank is None:
-                like = dict.fromkeys(("exp_avg", "exp_avg_sq"), params[position].detach())
-            else:
-                like = self._new_state(bank, 1)
-                rows[params[position]] = {name: _placed(entry[name].clone(), bank) for name in entry}
-                if set(entry) != set(like):
-                    raise ValueError(f"state_dict: parameter {position} has {sorted(entry)}, expected {sorted(like)}")
-            for name, example in like.items():
-                wanted = tuple(example.shape) if bank is None else (bank.num_neurons, *example.shape[1:])
-                if tuple(entry[name].shape) != wanted or entry[name].dtype != example.dtype:
+            if bank is not None:
+                rows[params[position]] = loaded_state(entry, bank, self.moments, f"state_dict: parameter {position}")
+                continue
+            wanted = tuple(params[position].shape)
+            for name in ("exp_avg", "exp_avg_sq"):
+                if tuple(entry[name].shape) != wanted:
                     raise ValueError(
-                        f"state_dict: {name} of parameter {position} is {entry[name].dtype} "
-                        f"{tuple(entry[name].shape)}, expected {example.dtype} {wanted}: it belongs to another "
-                        "selection, or to moments of another kind"
+                        f"state_dict: {name} of parameter {position} has shape {tuple(entry[name].shape)}, expected "
+                        f"{wanted}: it belongs to another router"
                     )
         of_routers = {n: entry for n, entry in state_dict["state"].items() if params[n] not in rows}
         super().load_state_dict({**state_dict, "state": of_routers})
-        self.state.update(rows)  # torch's own loading would cast them to the anchor's dtype and device
+        for anchor, entry in rows.items():  # torch's own loading would cast them to the anchor's dtype and device
+            self.state[anchor] = entry

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from . import _C
 from .bank import RowBank
+from .bank_rows import ROWS_PER_NEURON
 from .experts import IMPORTANCE_METRICS, paged_layers
 from .loss import causal_lm_loss
+from .ops.codec import scale_dtype
 
 if TYPE_CHECKING:
     from .checkpoint_source import ModelSource
@@ -22,6 +25,7 @@ logger = logging.getLogger(__name__)
 SELECTION_SCOPES = ("model", "layer")
 SELECTION_METRICS = (*IMPORTANCE_METRICS, "random")
 SELECTION_SAMPLINGS = ("top", "proportional")
+FLOAT16_SCALE = 2.0**16  # the first scale of the loss in float16, as torch.amp.GradScaler's
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,9 @@ def compute_importance(
 
     Each batch (input_ids, int64 [B, T]) gives one mean next-token loss, one backward and no update. Banks are left out
     meanwhile (keep_banks: they stay, so that it is the importance in the model as trained so far; their gradients are
-    cleared), gradients of other parameters are cleared. Raises ValueError for an unknown metric, when `batches` is
-    empty, a loss is not finite, or the model has no paged experts.
+    cleared), gradients of other parameters are cleared. A model that computes in float16 runs backward from a scaled
+    loss, halved and run again where that overflows. Raises ValueError for an unknown metric, when `batches` is empty,
+    a loss is not finite, or the model has no paged experts.
     """
     if metric not in IMPORTANCE_METRICS:
         raise ValueError(f"metric must be one of {IMPORTANCE_METRICS}, got {metric!r}")
@@ -64,14 +69,21 @@ def compute_importance(
         for layer in layers:
             layer.set_bank(None)
     importance = [layer.begin_importance(metric) for layer in layers]
+    scale = _LossScale(importance, metric, FLOAT16_SCALE if layers[0].memory.dtype == torch.float16 else 1.0)
     try:
         for input_ids in batches:
-            total, count = causal_lm_loss(model, input_ids)
-            loss = total / count
-            if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the loss of importance batch {num_batches} is {loss.item()}, not a finite number")
-            loss.backward()
+            accepted = False
+            while not accepted:
+                total, count = causal_lm_loss(model, input_ids)
+                loss = total / count
+                if not bool(torch.isfinite(loss)):
+                    raise ValueError(
+                        f"the loss of importance batch {num_batches} is {loss.item()}, not a finite number"
+                    )
+                (loss * scale.factor).backward()
+                accepted = scale.accept()
             num_batches += 1
+        scale.remove()
     finally:
         for layer, bank in zip(layers, banks):
             layer.end_importance()
@@ -83,6 +95,33 @@ def compute_importance(
     if num_batches == 0:
         raise ValueError("batches is empty: importance needs at least one batch")
     return importance
+
+
+class _LossScale:
+    """Importance in the scale of a scaled loss until `remove`. All factors are powers of two, and so exact."""
+
+    def __init__(self, importance: Sequence[torch.Tensor], metric: str, factor: float) -> None:
+        self.factor = factor
+        self._importance = importance
+        self._power = {"gradient": 2, "gradient_weight": 1}[metric]
+        self._accepted = [values.clone() for values in importance] if factor > 1 else []
+
+    def accept(self) -> bool:
+        """Whether the latest backward did not overflow. If it did, it is undone, to be run again at half the factor."""
+        if self.factor == 1:
+            return True
+        if all(bool(torch.isfinite(values).all()) for values in self._importance):
+            for values, accepted in zip(self._importance, self._accepted):
+                accepted.copy_(values)
+            return True
+        self.factor /= 2
+        for values, accepted in zip(self._importance, self._accepted):
+            values.copy_(accepted.mul_(0.5**self._power))
+        return False
+
+    def remove(self) -> None:
+        for values in self._importance:
+            values /= self.factor**self._power
 
 
 def select_neurons(
@@ -201,11 +240,16 @@ def attach(
     """Build a RowBank for each layer with chosen neurons and set it; layers without any get none.
 
     See RowBank and its from_store for the settings. All banks are built before the first one is set; rows that an
-    earlier re-selection froze are let go.
+    earlier re-selection froze are let go. Raises BudgetError when banks in host memory exceed the model's host budget.
     """
     layers = paged_layers(model)
     if len(selection.neuron_expert) != len(layers):
         raise ValueError(f"selection has {len(selection.neuron_expert)} layers, the model {len(layers)}")
+    if placement == "host":  # before they are there; the optimizer's state comes on top
+        store, kept = layers[0].store, {"master": master_dtype.itemsize, "residual": 1}.get(mode, 0)
+        row_bytes = _C.code_bytes(store.format, store.hidden_size) + kept * store.hidden_size
+        row_bytes += _C.num_blocks(store.format, store.hidden_size) * scale_dtype(store.format).itemsize
+        layers[0].memory.reserve_host(selection.num_neurons * ROWS_PER_NEURON * row_bytes)
     banks: list[RowBank | None] = []
     for layer, neuron_expert, neuron_index in zip(layers, selection.neuron_expert, selection.neuron_index):
         if len(neuron_expert) == 0:

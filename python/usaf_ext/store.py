@@ -1,4 +1,4 @@
-"""ExpertStore: all experts of a model, quantised, one page per (layer, expert) in host memory; and its folder on disk.
+"""ExpertStore: all experts of a model, quantised, one page per (layer, expert), in host memory or on disk; its folder.
 
 The folder: `usaf_store.json` (sizes, per-page crc32, where it came from), `experts-*.safetensors` (one U8 tensor per
 page, data at multiples of 4096), and, when it came from a checkpoint, that checkpoint's config, tokenizer and every
@@ -9,6 +9,7 @@ at all.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import zlib
 from collections.abc import Iterator
@@ -21,10 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import _C, ops
-from .atomic import atomic_directory
 from .errors import StoreError
-from .safetensors_io import read_safetensors_header, write_safetensors
-from .store_files import STORE_INDEX_NAME, check_files, copy_dense, file_crc, is_store, read_index, write_index
+from .sizes import parse_size
+from .store_files import STORE_INDEX_NAME, check_files, is_store, page_places, read_index, read_page, write_folder
 
 if TYPE_CHECKING:
     from .checkpoint_source import ModelSource
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _SHARD_BYTES = 4 << 30
 _MATRICES = ("gate", "up", "down")
+TIERS = ("memory", "disk")
 
 
 def _page_name(layer: int, expert: int) -> str:
@@ -40,14 +41,16 @@ def _page_name(layer: int, expert: int) -> str:
 
 
 class ExpertStore:
-    """Quantised experts in host memory. Make it with `create` (then `write_expert` and `seal`) or `open`.
+    """Quantised experts. Make it with `create` (then `write_expert` and `seal`), `quantize` or `open`.
+
+    In the tier "memory" the pages are in host memory; in the tier "disk" they stay in the store's files, and each use
+    reads its page anew (training reads ahead, see `ExpertMemory`). What a call returns is the same in both.
 
     Attributes:
         layer_names: names of the experts modules, one per MoE layer.
         num_layers, num_experts, hidden_size, intermediate_size: sizes, the same for every layer.
         format: one of `_C.FORMATS`.
         layout: the page's layout (`_C.PageLayout`).
-        native: the C++ object (`_C.ExpertStore`).
         source_path, fingerprint: of the checkpoint it was quantised from, or None.
     """
 
@@ -77,7 +80,16 @@ class ExpertStore:
         self.source_path = source_path
         self.fingerprint = fingerprint
         self.layout = _C.PageLayout(format, hidden_size, intermediate_size)
-        self.native = _C.ExpertStore(self.num_layers, num_experts, self.layout)
+        self._native: _C.ExpertStore | None = None
+
+    @property
+    def native(self) -> _C.ExpertStore:
+        """The C++ object. In the tier "memory" the memory for all pages is mapped when it is first asked for."""
+        return self._map() if self._native is None else self._native
+
+    def _map(self) -> _C.ExpertStore:
+        self._native = _C.ExpertStore(self.num_layers, self.num_experts, self.layout)
+        return self._native
 
     @classmethod
     def create(
@@ -89,12 +101,13 @@ class ExpertStore:
             ValueError: sizes below 1, an unknown format, names that repeat.
             StoreError: the memory cannot be had.
         """
-        return cls(layer_names, num_experts, hidden_size, intermediate_size, format)
+        store = cls(layer_names, num_experts, hidden_size, intermediate_size, format)
+        store._map()
+        return store
 
     @classmethod
-    def quantize(cls, source: ModelSource, format: str = "nf4") -> ExpertStore:
-        """Quantise a checkpoint's experts, reading one at a time, and seal. Shows a progress bar on a terminal."""
-        store = cls(
+    def _like(cls, source: ModelSource, format: str) -> ExpertStore:
+        return cls(
             source.layer_names,
             source.num_experts,
             source.hidden_size,
@@ -103,19 +116,49 @@ class ExpertStore:
             source_path=str(Path(source.path).resolve()),
             fingerprint=source.fingerprint,
         )
-        for layer, expert in tqdm(store._page_list(), f"Quantising experts to {format}", unit="expert", disable=None):
+
+    @classmethod
+    def quantize(cls, source: ModelSource, format: str = "nf4") -> ExpertStore:
+        """Quantise a checkpoint's experts, reading one at a time, and seal. Shows a progress bar on a terminal."""
+        store = cls._like(source, format)
+        for layer, expert in store._progress():
             store.write_expert(layer, expert, *source.expert(layer, expert))
         source.close()
         store.seal()
         return store
 
+    @classmethod
+    def quantize_to(
+        cls, path: str | os.PathLike, source: ModelSource, format: str = "nf4", *, shard_bytes: int = _SHARD_BYTES
+    ) -> ExpertStore:
+        """Quantise a checkpoint's experts straight into a store's folder, one expert in memory at a time; opened from
+        there in the tier "disk". The folder is the one that `quantize` and `save` write, and raises as they do.
+        """
+        store = cls._like(source, format)
+
+        def encoded() -> Iterator[np.ndarray]:
+            for layer, expert in store._progress():
+                page = np.zeros(store.layout.page_bytes, dtype=np.uint8)
+                store._encode(page, layer, expert, *source.expert(layer, expert))
+                yield page
+
+        store._write_folder(path, source, encoded(), shard_bytes)
+        source.close()
+        return cls.open(path, verify=False, tier="disk")
+
     @property
     def bytes(self) -> int:
-        return self.native.bytes
+        """Of all pages, wherever they are."""
+        return self.num_layers * self.num_experts * self.layout.page_bytes
+
+    @property
+    def tier(self) -> str:
+        """ "memory" or "disk"."""
+        return "disk" if self._native is not None and self._native.on_disk else "memory"
 
     @property
     def sealed(self) -> bool:
-        return self.native.sealed
+        return self._native is not None and self._native.sealed
 
     def seal(self) -> None:
         """From now on read-only; a pager needs that."""
@@ -137,6 +180,9 @@ class ExpertStore:
         if self.sealed:
             raise StoreError("the store is sealed: its pages are read-only")
         page = np.frombuffer(self.native.page(layer, expert), dtype=np.uint8)
+        self._encode(page, layer, expert, gate, up, down)
+
+    def _encode(self, page: np.ndarray, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         rows, cols = self.intermediate_size, self.hidden_size
         encoded = []
         for name, weight, shape in zip(_MATRICES, (gate, up, down), ((rows, cols), (rows, cols), (cols, rows))):
@@ -158,9 +204,16 @@ class ExpertStore:
                 raw = part.contiguous().view(torch.uint8).numpy().reshape(-1)
                 page[start[matrix] : start[matrix] + raw.size] = raw
 
-    def _matrix(self, layer: int, expert: int, matrix: int) -> tuple[np.ndarray, np.ndarray]:
+    def _page(self, layer: int, expert: int) -> np.ndarray:
+        """A page's bytes: its place in memory, or read from disk."""
+        if self.tier == "memory":
+            return np.frombuffer(self.native.page(layer, expert), dtype=np.uint8)
+        buffer = mmap.mmap(-1, self.layout.page_bytes)  # aligned, and given back with its last reader
+        self.native.read_page(layer, expert, buffer)
+        return np.frombuffer(buffer, dtype=np.uint8)
+
+    def _matrix(self, page: np.ndarray, matrix: int) -> tuple[np.ndarray, np.ndarray]:
         """codes u8 [intermediate_size, code_bytes] and absmax [.., num_blocks]: views of the page."""
-        page = np.frombuffer(self.native.page(layer, expert), dtype=np.uint8)
         views = []
         for start, width, dtype in (
             (self.layout.codes_offset, _C.code_bytes(self.format, self.hidden_size), np.uint8),
@@ -183,15 +236,17 @@ class ExpertStore:
         if neurons.numel() and not 0 <= int(neurons.min()) <= int(neurons.max()) < self.intermediate_size:
             raise ValueError(f"neurons: expected numbers in [0, {self.intermediate_size})")
         picked = neurons.cpu().numpy()
-        parts = [self._matrix(layer, expert, matrix) for matrix in range(len(_MATRICES))]
+        page = self._page(layer, expert)
+        parts = [self._matrix(page, matrix) for matrix in range(len(_MATRICES))]
         codes, absmax = (np.stack([part[which][picked] for part in parts], axis=1) for which in (0, 1))
         return torch.from_numpy(codes), torch.from_numpy(absmax)
 
     def read_expert(self, layer: int, expert: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """Decoded gate and up [intermediate_size, hidden_size] and down [hidden_size, intermediate_size]."""
         decoded = []
+        page = self._page(layer, expert)
         for matrix in range(len(_MATRICES)):
-            codes, absmax = (torch.from_numpy(part.copy()) for part in self._matrix(layer, expert, matrix))
+            codes, absmax = (torch.from_numpy(part.copy()) for part in self._matrix(page, matrix))
             decoded.append(ops.dequantize_blocks(codes, absmax, self.hidden_size, self.format, dtype))
         gate, up, down = decoded
         return gate, up, down.T.contiguous()
@@ -200,6 +255,9 @@ class ExpertStore:
 
     def _page_list(self) -> list[tuple[int, int]]:
         return [(layer, expert) for layer in range(self.num_layers) for expert in range(self.num_experts)]
+
+    def _progress(self) -> tqdm:
+        return tqdm(self._page_list(), f"Quantising experts to {self.format}", unit="expert", disable=None)
 
     def _matrices(self) -> list[dict[str, Any]]:
         """What stands in a page, for readers that know the safetensors file only."""
@@ -229,43 +287,30 @@ class ExpertStore:
             StoreError: not sealed yet, or `source` is not the checkpoint that this store came from.
             FileExistsError: something that is no store stands at `path`.
         """
-        target = Path(path)
         if not self.sealed:
             raise StoreError("the store is not sealed yet: fill every page, then seal()")
         if source is not None and source.fingerprint != self.fingerprint:
             raise StoreError(f"{source.path}: not the checkpoint that this store was quantised from")
-        self.check_target(target)
         if source is None:
-            logger.warning("%s: saved without its checkpoint: experts only, no config, tokenizer or dense part", target)
-        pages = self._page_list()
-        per_shard = max(1, shard_bytes // self.layout.page_bytes)
-        shards = [pages[i : i + per_shard] for i in range(0, len(pages), per_shard)]
-        with atomic_directory(target) as folder:
-            files: dict[str, dict[str, int]] = {}
-            checksums: dict[str, int] = {}
-            for number, shard in enumerate(shards, start=1):
-                name = f"experts-{number:05d}-of-{len(shards):05d}.safetensors"
-                tensors: dict[str, tuple[str, tuple[int, ...]]] = {
-                    _page_name(*page): ("U8", (self.layout.page_bytes,)) for page in shard
-                }
-                with (folder / name).open("wb") as file:
-                    write_safetensors(file, tensors, self._pages(shard, checksums), align=_C.PAGE_ALIGN)
-                files[name] = {"bytes": (folder / name).stat().st_size}
-            for name in copy_dense(source, folder) if source is not None else ():
-                files[name] = {"bytes": (folder / name).stat().st_size, "crc32": file_crc(folder / name)}
-            index = {
-                "format": self.format,
-                "layer_names": self.layer_names,
-                "num_experts": self.num_experts,
-                "hidden_size": self.hidden_size,
-                "intermediate_size": self.intermediate_size,
-                "matrices": self._matrices(),
-                "page_bytes": self.layout.page_bytes,
-                "source": {"path": self.source_path, "fingerprint": self.fingerprint},
-                "files": files,
-                "page_crc32": checksums,
-            }
-            write_index(folder, index)
+            logger.warning("%s: saved without its checkpoint: experts only, no config, tokenizer or dense part", path)
+        self._write_folder(path, source, (self._page(*page) for page in self._page_list()), shard_bytes)
+
+    def _write_folder(
+        self, path: str | os.PathLike, source: ModelSource | None, pages: Iterator[np.ndarray], shard_bytes: int
+    ) -> None:
+        self.check_target(path)
+        index = {
+            "format": self.format,
+            "layer_names": self.layer_names,
+            "num_experts": self.num_experts,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "matrices": self._matrices(),
+            "page_bytes": self.layout.page_bytes,
+            "source": {"path": self.source_path, "fingerprint": self.fingerprint},
+        }
+        names = [_page_name(*page) for page in self._page_list()]
+        write_folder(Path(path), index, names, pages, source, shard_bytes)
 
     @staticmethod
     def check_target(path: str | os.PathLike) -> None:
@@ -274,22 +319,21 @@ class ExpertStore:
         if target.exists() and not is_store(target) and not (target.is_dir() and not any(target.iterdir())):
             raise FileExistsError(f"{target}: something that is no store stands there; remove it or name another place")
 
-    def _pages(self, pages: list[tuple[int, int]], checksums: dict[str, int]) -> Iterator[memoryview]:
-        for page in pages:
-            view = self.native.page(*page)
-            checksums[_page_name(*page)] = zlib.crc32(view)
-            yield view
-
     @classmethod
-    def open(cls, path: str | os.PathLike, verify: bool = True) -> ExpertStore:
-        """Read a store's folder into memory; sealed.
+    def open(cls, path: str | os.PathLike, verify: bool = True, *, tier: str = "memory") -> ExpertStore:
+        """Open a store's folder; sealed.
 
         Args:
-            verify: check every page's and dense file's crc32 (reads the dense files too). Sizes are always checked.
+            verify: check every page's and dense file's crc32, which reads them all once. Sizes are always checked.
+            tier: "memory": read all pages into memory. "disk": leave them in their files, which stay open; a page that
+                cannot be read any more is a StoreError of the call that needs it. Checksums are compared here only.
 
         Raises:
+            ValueError: an unknown tier.
             StoreError: missing, truncated, foreign, from a newer version, or altered; names the file.
         """
+        if tier not in TIERS:
+            raise ValueError(f"tier: expected one of {TIERS}, got {tier!r}")
         folder = Path(path)
         index = read_index(folder)
         try:
@@ -307,37 +351,43 @@ class ExpertStore:
             )
             checksums = index["page_crc32"] if verify else None
             known = index["page_bytes"] == store.layout.page_bytes and index["matrices"] == store._matrices()
+            files = {name: entry["bytes"] for name, entry in index["files"].items() if name.startswith("experts-")}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{folder / STORE_INDEX_NAME}: not a store's index: {error!r}") from error
         if not known:
             raise StoreError(f"{folder / STORE_INDEX_NAME}: a page layout that this version cannot read")
-        missing = {_page_name(*page): page for page in store._page_list()}
-        for name in (name for name in index["files"] if name.startswith("experts-")):
-            store._read_pages(folder / name, missing, checksums)
-        if missing:
-            raise StoreError(f"{folder}: page {next(iter(missing))} is in none of its files")
+        names = {_page_name(*page): page for page in store._page_list()}
+        places = page_places(folder, files, set(names), store.layout.page_bytes)
+        if tier == "disk":
+            numbers = {name: number for number, name in enumerate(files)}
+            store._native = _C.ExpertStore.from_files(
+                *(store.num_layers, store.num_experts, store.layout),
+                [(os.fsencode(folder / name), size) for name, size in files.items()],
+                [(numbers[places[name][0].name], places[name][1]) for name in names],
+            )
+        for name, (file, begin) in places.items():
+            if tier == "memory":
+                read_page(file, name, begin, store.native.page(*names[name]))
+            if checksums is not None and zlib.crc32(store._page(*names[name]).data) != checksums.get(name):
+                raise StoreError(f"{file}: page {name} is damaged: its crc32 does not match")
         store.seal()
         return store
 
-    def _read_pages(self, path: Path, missing: dict[str, tuple[int, int]], checksums: dict[str, int] | None) -> None:
-        tensors, _, _ = read_safetensors_header(path)
-        with path.open("rb", buffering=0) as file:
-            for key, info in tensors.items():
-                page = missing.pop(key, None)
-                if page is None or info.num_bytes != self.layout.page_bytes or info.dtype != "U8":
-                    raise StoreError(f"{path}: unexpected tensor {key!r}")
-                view = self.native.page(*page)
-                done = 0
-                while done < info.num_bytes:
-                    count = os.preadv(file.fileno(), [view[done:]], info.begin + done)
-                    if count == 0:
-                        raise StoreError(f"{path}: truncated while reading {key!r}")
-                    done += count
-                if checksums is not None and zlib.crc32(view) != checksums.get(key):
-                    raise StoreError(f"{path}: page {key} is damaged: its crc32 does not match")
+    @classmethod
+    def open_within(cls, path: str | os.PathLike, host_budget: int | str | None = None) -> ExpertStore:
+        """Open in the tier "memory" if all pages together fit `host_budget` bytes (None: no limit), else in "disk".
+
+        Raises as `open`; ValueError for a budget that is no size.
+        """
+        if host_budget is None:
+            return cls.open(path)
+        on_disk = cls.open(path, verify=False, tier="disk")
+        fits = on_disk.bytes <= parse_size(host_budget, "host_budget")
+        return cls.open(path, tier="memory" if fits else "disk")
 
     def __repr__(self) -> str:
         return (
             f"ExpertStore(layers={self.num_layers}, experts={self.num_experts}, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, format={self.format!r}, bytes={self.bytes})"
+            f"intermediate_size={self.intermediate_size}, format={self.format!r}, bytes={self.bytes}, "
+            f"tier={self.tier!r})"
         )

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from . import _C
+from .atomic import atomic_directory
 from .checkpoint_folder import INDEX_NAME, SINGLE_NAME
 from .checkpoint_source import STORE_INDEX_NAME, ModelSource
 from .errors import StoreError
-from .safetensors_io import write_safetensors
+from .safetensors_io import read_safetensors_header, write_safetensors
 
 FORMAT_VERSION = 1
 _KIND = "usaf_store"
@@ -96,3 +101,69 @@ def copy_dense(source: ModelSource, folder: Path) -> list[str]:
         (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
         names.append(INDEX_NAME)
     return names
+
+
+def write_folder(
+    target: Path,
+    index: dict[str, Any],
+    names: list[str],
+    pages: Iterator[np.ndarray],
+    source: ModelSource | None,
+    shard_bytes: int,
+) -> None:
+    """Write a store's folder, whole or not at all.
+
+    Args:
+        index: `usaf_store.json`, but for the files and checksums, which are added.
+        names, pages: the pages in order; each page's bytes, of one size, are asked for once.
+        source: the checkpoint whose dense part is copied, or None.
+        shard_bytes: largest size of one experts file.
+    """
+    page_bytes = index["page_bytes"]
+    per_shard = max(1, shard_bytes // page_bytes)
+    shards = [names[i : i + per_shard] for i in range(0, len(names), per_shard)]
+    files: dict[str, dict[str, int]] = {}
+    checksums: dict[str, int] = {}
+
+    def checked(shard: list[str]) -> Iterator[memoryview]:
+        for name, page in zip(shard, pages):
+            checksums[name] = zlib.crc32(page.data)
+            yield page.data
+
+    with atomic_directory(target) as folder:
+        for number, shard in enumerate(shards, start=1):
+            name = f"experts-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors: dict[str, tuple[str, tuple[int, ...]]] = {page: ("U8", (page_bytes,)) for page in shard}
+            with (folder / name).open("wb") as file:
+                write_safetensors(file, tensors, checked(shard), align=_C.PAGE_ALIGN)
+            files[name] = {"bytes": (folder / name).stat().st_size}
+        for name in copy_dense(source, folder) if source is not None else ():
+            files[name] = {"bytes": (folder / name).stat().st_size, "crc32": file_crc(folder / name)}
+        write_index(folder, {**index, "files": files, "page_crc32": checksums})
+
+
+def page_places(folder: Path, files: Iterable[str], pages: set[str], page_bytes: int) -> dict[str, tuple[Path, int]]:
+    """Where each of `pages` stands, as their files have them: name -> (file, first byte).
+
+    Raises StoreError for a page that is missing, and for a tensor that is no page.
+    """
+    places: dict[str, tuple[Path, int]] = {}
+    for path in (folder / name for name in files):
+        for key, info in read_safetensors_header(path)[0].items():
+            if key not in pages or key in places or info.num_bytes != page_bytes or info.dtype != "U8":
+                raise StoreError(f"{path}: unexpected tensor {key!r}")
+            places[key] = (path, info.begin)
+    for name in sorted(pages - places.keys()):
+        raise StoreError(f"{folder}: page {name} is in none of its files")
+    return places
+
+
+def read_page(path: Path, name: str, begin: int, page: memoryview) -> None:
+    """Fill `page` from byte `begin` of `path`. Raises StoreError when the file ends before."""
+    with path.open("rb", buffering=0) as file:
+        done = 0
+        while done < len(page):
+            count = os.preadv(file.fileno(), [page[done:]], begin + done)
+            if count == 0:
+                raise StoreError(f"{path}: truncated while reading {name!r}")
+            done += count

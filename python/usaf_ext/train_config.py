@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from .bank import BANK_MODES, MASTER_DTYPES
+from .bank import BANK_MODES, GRAD_DTYPES, MASTER_DTYPES, PLACEMENTS, ROUNDINGS
+from .moments import MOMENTS
 from .router import ROUTER_MODES
 from .selection import SELECTION_METRICS, SELECTION_SAMPLINGS, SELECTION_SCOPES
 from .step import ACCUMULATION_ORDERS
@@ -43,11 +44,17 @@ class TrainConfig:
         lr_warmup_steps, lr_schedule: linear rise, then "cosine" (to 0 at the last step) or "constant". The experts'
             schedule starts after the router's warm-up.
         max_grad_norm: clip by the global norm over expert rows and routers; None for no clipping.
-        mode: "master" or "in_place"; master_dtype: "bfloat16" or "float32".
+        mode: "master", "residual", "eco" or "in_place" (see RowBank); master_dtype: "bfloat16" or "float32".
+        rounding: "stochastic" or "nearest", of eco and in_place. grad_dtype: of the rows' gradients. moments: of the
+            expert rows, "fp32" or "8bit". placement: "device", or "host": all but codes and gradients in host memory.
+        reselect_every: steps between re-selections, 0 for none (see usaf_ext.reselection), each measured on
+            importance_batches batches. reselect_fraction: share of the trained neurons that each exchanges.
         optimizer: "masked_adam", or None: everything runs and nothing is updated (the control).
         accumulation_order: "micro_batch": one micro-batch after another. "layer": all micro-batches of a step go
             through a layer together, so that its pages move once; the same bits. Activations are then held for all of
             them (with gradient_checkpointing: one layer's, and twice hidden_size values a token for the others).
+        gradient_release: with accumulation_order "layer", update a layer's rows inside backward, so that only one
+            layer's gradient is held. max_grad_norm then bounds each layer's rows, and the routers together, by itself.
         checkpoint_every, evaluate_every: steps; 0 means at the end only (evaluation: and at step 0, always).
     """
 
@@ -75,18 +82,29 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0
     mode: str = "master"
     master_dtype: str = "bfloat16"
+    rounding: str = "stochastic"
+    grad_dtype: str = "float32"
+    moments: str = "fp32"
+    placement: str = "device"
+    reselect_every: int = 0
+    reselect_fraction: float = 0.2
     optimizer: str | None = "masked_adam"
     seed: int = 0
     checkpoint_every: int = 0
     evaluate_every: int = 0
     gradient_checkpointing: bool = False
     accumulation_order: str = "micro_batch"
+    gradient_release: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "importance_batches"):
             self._check_int(name, 1)
         for name in ("router_warmup_steps", "lr_warmup_steps", "checkpoint_every", "evaluate_every", "seed"):
             self._check_int(name, 0)
+        self._check_int("reselect_every", 0)
+        self._check_float("reselect_fraction", 0.0, exclusive=True)
+        if self.reselect_fraction >= 1:
+            raise ValueError(f"reselect_fraction: expected a number in (0, 1), got {self.reselect_fraction}")
         self._check_int("seq_len", 2)
         for name in ("learning_rate", "router_learning_rate", "weight_decay", "aux_loss_coef", "density"):
             self._check_float(name, 0.0, exclusive=False)
@@ -99,6 +117,9 @@ class TrainConfig:
             raise ValueError(f"activation_threshold: expected a number in [0, 1), got {self.activation_threshold}")
         if self.max_grad_norm is not None:
             self._check_float("max_grad_norm", 0.0, exclusive=True)
+        for name in ("gradient_checkpointing", "gradient_release"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         choices: dict[str, tuple[str | None, ...]] = {
             "selection_scope": SELECTION_SCOPES,
             "selection_metric": SELECTION_METRICS,
@@ -108,12 +129,23 @@ class TrainConfig:
             "lr_schedule": LR_SCHEDULES,
             "mode": BANK_MODES,
             "master_dtype": tuple(MASTER_DTYPES),
+            "rounding": ROUNDINGS,
+            "grad_dtype": tuple(GRAD_DTYPES),
+            "moments": MOMENTS,
+            "placement": PLACEMENTS,
             "optimizer": ("masked_adam", None),
             "accumulation_order": ACCUMULATION_ORDERS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        if self.gradient_release and self.accumulation_order != "layer":
+            raise ValueError(
+                "gradient_release: a layer's gradient is complete inside backward only with accumulation_order "
+                f"'layer', got {self.accumulation_order!r}"
+            )
+        if self.gradient_release and self.optimizer is None:
+            raise ValueError("gradient_release: with optimizer None nothing is updated")
         if self.density == 0 and self.router == "frozen":
             raise ValueError(
                 "density, router: density 0 trains no expert neuron and a frozen router is not trained either: nothing "
@@ -124,6 +156,10 @@ class TrainConfig:
                 "selection_sampling: a random selection has no importance to sample by; expected 'top', got "
                 f"{self.selection_sampling!r}"
             )
+        if self.reselect_every and self.density == 0:
+            raise ValueError("reselect_every: with density 0 there are no trained neurons to exchange; set it to 0")
+        if self.reselect_every and self.selection_metric == "random":
+            raise ValueError("reselect_every: a random selection has no importance to exchange neurons by; set it to 0")
         if self.router_warmup_steps and self.router == "frozen":
             raise ValueError("router_warmup_steps: a frozen router cannot warm up; set router to 'topk'")
         if self.router_warmup_steps and self.density == 0:
@@ -149,6 +185,20 @@ class TrainConfig:
             raise TypeError(f"{name}: expected a number, got {value!r}")
         if not math.isfinite(value) or value < bound or (exclusive and value == bound):
             raise ValueError(f"{name}: expected a finite number {'>' if exclusive else '>='} {bound}, got {value}")
+
+    def bank_options(self) -> dict[str, Any]:
+        """Keyword arguments of RowBank that a delta does not hold."""
+        return {
+            "rounding": self.rounding,
+            "grad_dtype": GRAD_DTYPES[self.grad_dtype],
+            "placement": self.placement,
+        }
+
+    def reselects_after(self, step: int) -> bool:
+        """Whether neurons are exchanged once `step` steps are done: not in the router's warm-up, nor at the end."""
+        return (
+            self.reselect_every > 0 and self.router_warmup_steps < step < self.steps and step % self.reselect_every == 0
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

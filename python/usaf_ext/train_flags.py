@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from .bank import BANK_MODES, MASTER_DTYPES
+from .bank import BANK_MODES, GRAD_DTYPES, MASTER_DTYPES, PLACEMENTS, ROUNDINGS
+from .moments import MOMENTS
 from .router import ROUTER_MODES
 from .selection import SELECTION_METRICS, SELECTION_SAMPLINGS, SELECTION_SCOPES
 from .step import ACCUMULATION_ORDERS
@@ -58,12 +59,23 @@ _FLAGS: dict[str, tuple[Callable[[str], Any] | tuple[str, ...], str]] = {
     "lr_schedule": (LR_SCHEDULES, "of the learning rates"),
     "lr_warmup_steps": (int, "linear rise of the learning rates"),
     "max_grad_norm": (_or_none(float), "clip gradients by their global norm; none: no clipping"),
-    "mode": (BANK_MODES, "what a trained row keeps beside its codes: a master, or nothing"),
+    "mode": (BANK_MODES, "what a trained row keeps beside its codes: a master, a residual, or nothing"),
     "master_dtype": (tuple(MASTER_DTYPES), "of the masters"),
+    "rounding": (ROUNDINGS, "of new codes where nothing is kept beside them"),
+    "grad_dtype": (tuple(GRAD_DTYPES), "of the trained rows' gradients"),
+    "moments": (MOMENTS, "of Adam, for the trained rows"),
+    "placement": (PLACEMENTS, "where masters and moments live and the update runs"),
+    "reselect_every": (int, "steps between exchanges of trained neurons; 0: none"),
+    "reselect_fraction": (_share, "share of the trained neurons that each exchanges"),
     "optimizer": (_or_none(str), "masked_adam, or none: run everything and update nothing"),
     "seed": (int, "of data order, sampling and noise"),
     "checkpoint_every": (int, "steps between checkpoints; 0: at the end"),
     "evaluate_every": (int, "steps between evaluations; 0: at the end"),
+}
+
+_SWITCHES = {
+    "gradient_checkpointing": "recompute layers in backward",
+    "gradient_release": "update a layer's rows inside backward and hold one layer's gradient (order 'layer')",
 }
 
 
@@ -79,9 +91,8 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}", default=default, help=f"{text} (default: {shown})", **options
         )
-    parser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute layers in backward (default: off)"
-    )
+    for name, text in _SWITCHES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"{text} (default: off)")
 
 
 def train_config(arguments: argparse.Namespace) -> TrainConfig:

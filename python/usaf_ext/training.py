@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,14 +24,16 @@ from .evaluation import evaluate
 from .experts import expert_memory, expert_store, paged_layers
 from .gumbel import GumbelNoise, check_gumbel, train_gumbel_routers
 from .interrupt import InterruptFlag
-from .optimizer import MaskedAdam
-from .plots import plot_expert_load, plot_loss
-from .router import CollapsedLayer, LoadTracker, check_balanceable, find_routers, train_routers
+from .layer_major import MicroBatchThreads
+from .reselection import reselect
+from .router import LoadTracker, check_balanceable, find_routers, train_routers
 from .run_folder import Checkpoint, RunFolder, rng_states, set_rng_states
 from .selection import Selection, attach, compute_importance, select_neurons, select_random
 from .step import run_micro_batches
 from .threshold import ActivationThreshold
 from .train_config import TrainConfig
+from .train_result import TrainResult, finish_run
+from .update import Update
 
 if TYPE_CHECKING:
     from .checkpoint_source import ModelSource
@@ -46,28 +48,6 @@ class Sequences(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run came to.
-
-    Attributes:
-        out_dir: the run folder. steps: optimizer steps. density: trained share of the expert neurons.
-        trained_parameters: weights the optimizer updates (bank rows and routers); 0 for the control.
-        evaluations: name -> {step: mean next-token loss in nats}, step 0 being the untouched model.
-        tokens_per_second: over all steps of the log. load_entropy: per MoE layer over all steps, 1 is uniform.
-        collapsed: layers with dead or swamping experts in the latest steps (see usaf_ext.collapse).
-    """
-
-    out_dir: Path
-    steps: int
-    trained_parameters: int
-    density: float
-    evaluations: dict[str, dict[int, float]]
-    tokens_per_second: float
-    load_entropy: list[float]
-    collapsed: list[CollapsedLayer]
 
 
 def train(
@@ -103,15 +83,17 @@ def train(
         originals = getattr(model, "usaf_originals", None)
     run = _open_run(model, config, Path(out_dir), base, resume)
     with InterruptFlag() as interrupt:
-        trainer = _Trainer(model, dataset, config, run, eval_datasets or {}, callbacks, interrupt)
+        trainer = _Trainer(model, dataset, config, run, originals, eval_datasets or {}, callbacks, interrupt)
         checkpoint = run.latest_checkpoint() if resume else None
         last = -1 if checkpoint is None else checkpoint.step
         run.rewrite_log(lambda record: record["step"] <= last)
         if checkpoint is None:
-            trainer.begin(originals)
+            trainer.begin()
         else:
             trainer.restore(checkpoint)
-        trainer.run_steps()
+        with MicroBatchThreads() as threads:
+            trainer.threads = threads if config.accumulation_order == "layer" else None
+            trainer.run_steps()
     return trainer.finish()
 
 
@@ -158,12 +140,14 @@ class _Trainer:
         dataset: Sequences,
         config: TrainConfig,
         run: RunFolder,
+        originals: ModelSource | None,
         eval_datasets: Mapping[str, Sequences],
         callbacks: Sequence[Callable[[dict[str, Any]], None]],
         interrupt: InterruptFlag,
     ) -> None:
         self.model, self.dataset, self.config, self.run = model, dataset, config, run
-        self.eval_datasets, self.callbacks, self.interrupt = eval_datasets, callbacks, interrupt
+        self.originals, self.eval_datasets = originals, eval_datasets
+        self.callbacks, self.interrupt = callbacks, interrupt
         self.layers = paged_layers(model)
         self.device = self.layers[0].anchor.device
         self.order = BatchOrder(len(dataset), config.batch_size, config.seed)
@@ -171,6 +155,7 @@ class _Trainer:
         self.collapse = CollapseMonitor(len(self.layers), self.layers[0].num_experts, self.device)
         self.threshold = ActivationThreshold(self.layers, config.activation_threshold, config.threshold_scope)
         self.gumbel = GumbelNoise(config.seed) if config.router == "gumbel" else None
+        self.threads: MicroBatchThreads | None = None  # for accumulation order "layer"
         self.had_gradient = False  # in a step since progress was last checked
         self.step = 0
         self.num_candidates = sum(layer.num_experts * layer.intermediate_size for layer in self.layers)
@@ -184,11 +169,12 @@ class _Trainer:
 
     # Beginning
 
-    def begin(self, originals: ModelSource | None) -> None:
+    def begin(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
         for layer in self.layers:
             layer.set_bank(None)
+            layer.set_frozen_bank(None)
         self.evaluate()  # before anything is touched
         self.model.train()
         if config.density > 0:
@@ -196,32 +182,32 @@ class _Trainer:
             attach(
                 self.model,
                 selection,
-                originals=originals,
+                originals=self.originals,
                 mode=config.mode,
                 master_dtype=MASTER_DTYPES[config.master_dtype],
+                **config.bank_options(),
             )
-            self._log({"event": "selection", "neurons": selection.num_neurons, "density": selection.density})
         self._prepare()
+        if config.density > 0:
+            record = {"neurons": selection.num_neurons, "density": selection.density}
+            self._log({"event": "selection", **record, "bank_bytes": self.update.optimizer.bank_bytes()})
 
     def _select(self) -> Selection:
         config = self.config
         if config.selection_metric == "random":
             sizes = [(layer.num_experts, layer.intermediate_size) for layer in self.layers]
             return select_random(sizes, config.density, config.selection_scope, config.seed)
-        importance = compute_importance(self.model, self._importance_batches(), config.selection_metric)
+        batches = self._importance_batches(BatchOrder(len(self.dataset), config.batch_size, config.seed))
+        importance = compute_importance(self.model, batches, config.selection_metric)
         return select_neurons(
             importance, config.density, config.selection_scope, config.selection_sampling, config.seed
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        apply_delta(self.model, checkpoint.delta)
+        apply_delta(self.model, checkpoint.delta, **self.config.bank_options())
         self.model.train()
         self._prepare()
-        if self.optimizer is not None and self.scheduler is not None:
-            if checkpoint.optimizer is None:
-                raise StoreError(f"{self.run.checkpoint_path(checkpoint.step)} has no optimizer state")
-            self.optimizer.load_state_dict(checkpoint.optimizer)
-            self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+        self.update.load_state_dict(checkpoint.optimizer, checkpoint.state)
         self.order.load_state_dict(checkpoint.state["order"])
         self.load.counts.copy_(checkpoint.tensors["expert_load"])
         self.load.num_tokens = checkpoint.state["load_tokens"]
@@ -232,32 +218,25 @@ class _Trainer:
         logger.info("resumed at step %d", self.step)
 
     def _prepare(self) -> None:
-        """Routers, optimizer and schedule, once the banks are there."""
+        """Routers and optimizer, once the banks are there."""
         config = self.config
-        self.banks: list[RowBank | None] = [layer.bank for layer in self.layers]
         self.routers: dict[str, nn.Module] = {}
         if self.gumbel is not None:
             self.routers = train_gumbel_routers(self.model, self.gumbel)
         elif config.router == "topk":
             self.routers = train_routers(self.model)
-        # Built for the control too: it refuses a run that trains nothing.
-        optimizer = MaskedAdam(
-            self.model,
-            lr=config.learning_rate,
-            router_lr=config.router_learning_rate,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-        )
-        self.clipped = [p for group in optimizer.param_groups for p in group["params"]]
-        self.trained_parameters = 0 if config.optimizer is None else optimizer.num_parameters
-        self.optimizer = None if config.optimizer is None else optimizer
-        self.scheduler = None if config.optimizer is None else config.scheduler(optimizer)
-        self._clear_gradients = optimizer.zero_grad
+        self.update = Update(self.model, self.layers, config)
+        self._hold_banks()
 
-    def _importance_batches(self) -> Iterator[torch.Tensor]:
-        order = BatchOrder(len(self.dataset), self.config.batch_size, self.config.seed)
+    def _hold_banks(self) -> None:
+        """Remember the banks, for the router's warm-up takes them out; and count them against the host budget."""
+        self.banks: list[RowBank | None] = [layer.bank for layer in self.layers]
+        if self.config.placement == "host":
+            self.layers[0].memory.reserve_host(self.update.optimizer.bank_bytes()["host"])
+
+    def _importance_batches(self, order: BatchOrder) -> Iterator[torch.Tensor]:
         for _ in tqdm(range(self.config.importance_batches), desc="importance", disable=None):
-            if self.interrupt.set_by:
+            if self.interrupt.set_by and self.step == 0:
                 raise KeyboardInterrupt("stopped while measuring importance; nothing was trained yet")
             yield self._batch(next(order))
 
@@ -277,10 +256,12 @@ class _Trainer:
                 bar.update()
                 bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_second']:.0f}")
                 done = self.step == config.steps
+                if config.reselects_after(self.step):
+                    self._reselect()
                 if done or (config.evaluate_every and self.step % config.evaluate_every == 0):
                     self.evaluate()
-                if self.optimizer is not None and (done or self.step % _PROGRESS_CHECK_STEPS == 0):
-                    self._check_progress(self.optimizer)
+                if not self.update.is_control and (done or self.step % _PROGRESS_CHECK_STEPS == 0):
+                    self._check_progress()
                 if done or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self.save()
                 for callback in self.callbacks:
@@ -288,8 +269,25 @@ class _Trainer:
                 if self.interrupt.set_by and not done:
                     self._stop()
 
-    def _check_progress(self, optimizer: MaskedAdam) -> None:
-        optimizer.check_progress()
+    def _reselect(self) -> None:
+        config = self.config
+        # An order of its own for each step: what is drawn does not depend on where the run was resumed.
+        batches = self._importance_batches(BatchOrder(len(self.dataset), config.batch_size, config.seed + self.step))
+        importance = compute_importance(self.model, batches, config.selection_metric, keep_banks=True)
+        done = reselect(
+            self.model,
+            self.update.optimizer,
+            importance,
+            fraction=config.reselect_fraction,
+            scope=config.selection_scope,
+            originals=self.originals,
+            master_dtype=MASTER_DTYPES[config.master_dtype],
+        )
+        self._hold_banks()
+        self._log({"event": "reselection", **asdict(done), "bank_bytes": self.update.optimizer.bank_bytes()})
+
+    def _check_progress(self) -> None:
+        self.update.optimizer.check_progress()
         if not self.had_gradient:
             raise UsafError(
                 f"step {self.step}: nothing is trained, every gradient of the latest steps was zero (no token reached "
@@ -320,21 +318,15 @@ class _Trainer:
             balanced,
             config.aux_loss_coef,
             (step_load, self.load),
-            order=config.accumulation_order,
+            threads=self.threads,
+            scale=self.update.scale,
+            after_backward=self.update.after_backward,
             gumbel=self.gumbel,
         )
         masked = self.threshold.end_step(step_load.counts)
         loss = float(losses.loss)
-        with_gradient = [p for p in self.clipped if p.grad is not None]
-        max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(with_gradient, max_norm))
-        self.had_gradient |= norm != 0
-        rates = {}
-        if self.optimizer is not None and self.scheduler is not None:
-            rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-            self.optimizer.step()
-            self.scheduler.step()
-        self._clear_gradients()
+        update = self.update.step()
+        self.had_gradient |= update["grad_norm"] != 0
         self.step += 1
         seconds = time.perf_counter() - start
         stats = expert_memory(self.model).stats()
@@ -346,8 +338,8 @@ class _Trainer:
             "step": self.step,
             "phase": "router_warmup" if warming_up else "train",
             "loss": loss,
-            "learning_rate": 0.0 if warming_up else rates.get("experts", 0.0),
-            "grad_norm": norm if math.isfinite(norm) else None,
+            **update,
+            "learning_rate": 0.0 if warming_up else update["learning_rate"],
             "tokens": num_tokens,
             "seconds": seconds,
             "tokens_per_second": num_tokens / seconds,
@@ -355,8 +347,6 @@ class _Trainer:
             "masked_experts": masked,
             **{name: stats[name] - stats_before[name] for name in stats},
         }
-        if self.routers:
-            record["router_learning_rate"] = rates.get("router", 0.0)
         if self.gumbel is not None:
             record["gumbel_tau"] = self.gumbel.tau
         if balanced:
@@ -388,36 +378,20 @@ class _Trainer:
             "order": self.order.state_dict(),
             "load_tokens": self.load.num_tokens,
             "collapse": self.collapse.state_dict(),
+            **self.update.state_dict(),
         }
         tensors = {"expert_load": self.load.counts, "threshold_counts": self.threshold.counts}
-        optimizer = None
-        if self.optimizer is not None and self.scheduler is not None:
-            optimizer, state["scheduler"] = self.optimizer.state_dict(), self.scheduler.state_dict()
+        optimizer = None if self.update.is_control else self.update.optimizer.state_dict()
         return self.run.save_checkpoint(
             Checkpoint(self.step, delta_of(self.model), optimizer, state, tensors, rng_states())
         )
 
     def finish(self) -> TrainResult:
-        records = self.run.log_records()
-        steps = [record for record in records if record["event"] == "step"]
-        evaluations: dict[str, dict[int, float]] = {}
-        for record in records:
-            if record["event"] == "evaluation":
-                evaluations.setdefault(record["name"], {})[record["step"]] = record["loss"]
-        plot_loss(
-            self.run.path / "loss.png",
-            [record["step"] for record in steps],
-            [record["loss"] for record in steps],
-            {name: (list(losses), list(losses.values())) for name, losses in evaluations.items()},
-        )
-        plot_expert_load(self.run.path / "expert_load.png", self.load.share())
-        return TrainResult(
-            out_dir=self.run.path,
+        return finish_run(
+            self.run,
+            self.load,
             steps=self.step,
-            trained_parameters=self.trained_parameters,
+            trained_parameters=self.update.num_parameters,
             density=sum(bank.num_neurons for bank in self.banks if bank is not None) / self.num_candidates,
-            evaluations=evaluations,
-            tokens_per_second=sum(r["tokens"] for r in steps) / sum(r["seconds"] for r in steps),
-            load_entropy=self.load.entropy(),
             collapsed=self.collapse.finish(),
         )

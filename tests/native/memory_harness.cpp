@@ -1,6 +1,11 @@
 // C interface to the devices and the pager, for tests/native_memory.py: the CPU device, the same made slow or failing,
-// and the lazy device; pages from memory, or through a ring from what stands for a disk. Every function returns a value of at least 0, or -1 after an error (see last_error).
+// and the lazy device; pages from memory, or through a ring from what stands for a disk. Every function returns a value
+// of at least 0, or -1 after an error (see last_error).
+#include <unistd.h>
+
+#include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +20,7 @@
 #include "lazy_reader.h"
 #include "memory/expert_pager.h"
 #include "memory/expert_store.h"
+#include "memory/page_files.h"
 
 namespace usaf {
 namespace {
@@ -253,3 +259,34 @@ EXPORT void launch_check(Rig* rig, void* stream, uintptr_t address, int64_t numb
   static_cast<LazyDevice&>(*rig->device).launch(stream, [=] { rig->wrong_pages += !page_is(rig, address, number); });
 }
 EXPORT int64_t wrong_pages(Rig* rig) { return rig->wrong_pages; }
+
+// ---- page files; the harness is linked so that their pread is this one ----
+
+namespace {
+std::atomic<int64_t> interruptions = 0, most_bytes_at_once = 0, failing_reads = 0;
+}
+
+extern "C" ssize_t __real_pread(int, void*, size_t, off_t);
+EXPORT ssize_t __wrap_pread(int descriptor, void* buffer, size_t bytes, off_t offset) {
+  if (interruptions > 0 && interruptions-- > 0) return errno = EINTR, -1;
+  if (failing_reads > 0 && failing_reads-- > 0) return errno = EIO, -1;
+  if (most_bytes_at_once > 0) bytes = std::min(bytes, static_cast<size_t>(most_bytes_at_once));
+  return __real_pread(descriptor, buffer, bytes, offset);
+}
+
+EXPORT void trouble_pread(int64_t interrupted, int64_t at_most, int64_t failing) {
+  interruptions = interrupted, most_bytes_at_once = at_most, failing_reads = failing;
+}
+EXPORT void* files_new(const char* path, int64_t bytes, int64_t offset, int64_t page_bytes) {
+  PageFiles* files = nullptr;
+  guarded([&] {
+    files = new PageFiles({{path, bytes}}, {{0, offset}}, page_bytes);
+    return 0;
+  });
+  return files;
+}
+EXPORT void files_free(PageFiles* files) { delete files; }
+EXPORT int64_t files_direct(PageFiles* files) { return files->direct(); }
+EXPORT int64_t files_read(PageFiles* files, uint8_t* buffer) {
+  return guarded([&] { return files->read(0, buffer), 0; });
+}

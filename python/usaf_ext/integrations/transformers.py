@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import _C
 from ..checkpoint_source import ModelSource
 from ..checkpointing import save_expert_outputs
-from ..errors import UsafError
+from ..errors import BudgetError, UsafError
 from ..experts import PagedLayer
 from ..memory import ExpertMemory
 from ..originals import open_originals
@@ -49,25 +49,36 @@ class UsafConfig(QuantizationConfigMixin):
         format: weight format of the experts, one of `_C.FORMATS`. None: a store's own, "nf4" for a plain checkpoint.
         device_budget: bytes for page slots and decode scratch together, an int or a text such as "12GiB", or "auto".
         originals: folder of the original checkpoint, where a store was moved away from the one it was made of.
+        host_budget: bytes of the process's memory for all experts, see `ExpertMemory`; an int or a text. A store that
+            does not fit is left on disk; a plain checkpoint must fit. None: no limit.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
     """
 
     def __init__(
-        self, format: str | None = None, device_budget: int | str = "auto", originals: str | Path | None = None
+        self,
+        format: str | None = None,
+        device_budget: int | str = "auto",
+        originals: str | Path | None = None,
+        host_budget: int | str | None = None,
     ):
         if format is not None and format not in _C.FORMATS:
             raise ValueError(f"format: expected one of {tuple(_C.FORMATS)} or None, got {format!r}")
         if isinstance(device_budget, bool) or not isinstance(device_budget, (int, str)):
             raise TypeError(f"device_budget: expected an int or a text, got {type(device_budget).__name__}")
+        if isinstance(host_budget, bool) or not isinstance(host_budget, (int, str, type(None))):
+            raise TypeError(f"host_budget: expected an int, a text or None, got {type(host_budget).__name__}")
         if originals is not None and not isinstance(originals, (str, Path)):
             raise TypeError(f"originals: expected a path or None, got {type(originals).__name__}")
         if device_budget != "auto":
             parse_size(device_budget, "device_budget")
+        if host_budget is not None:
+            parse_size(host_budget, "host_budget")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format = format
         self.device_budget = device_budget
+        self.host_budget = host_budget
         self.originals = None if originals is None else str(originals)
 
     @classmethod
@@ -199,7 +210,7 @@ class UsafHfQuantizer(HfQuantizer):
         self._format = config.format or DEFAULT_FORMAT
         with torch.device("cpu"):  # from_pretrained makes tensors on the meta device here
             if is_store(folder):
-                store = ExpertStore.open(folder)
+                store = ExpertStore.open_within(folder, config.host_budget)
                 if config.format not in (None, store.format):
                     raise ValueError(f"format: {folder} is a store of {store.format}, not of {config.format}")
                 self._source = open_originals(store, config.originals)
@@ -213,6 +224,14 @@ class UsafHfQuantizer(HfQuantizer):
         self._numbers = _match_layers(experts, store.layer_names, folder, model.base_model_prefix)
         _check_sizes(experts, store, folder)
         ExpertMemory.slots_for(store, config.device_budget, self._dtype)
+        try:
+            ExpertMemory.buffers_for(store, config.host_budget)
+        except BudgetError as error:
+            if store.sealed:
+                raise
+            raise BudgetError(
+                f"{error}; with less, quantise it into a store on disk first: usaf-ext quantize {folder} STORE"
+            ) from None
         self._opened = store if store.sealed else None
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         for name, module in experts.items():
@@ -230,7 +249,9 @@ class UsafHfQuantizer(HfQuantizer):
         if store is None:
             assert self._source is not None
             store = ExpertStore.quantize(self._source, self._format)
-        memory = ExpertMemory(store, self.quantization_config.device_budget, self._dtype)
+        memory = ExpertMemory(
+            store, self.quantization_config.device_budget, self._dtype, self.quantization_config.host_budget
+        )
         model.requires_grad_(False)
         for name, number in self._numbers.items():
             module = model.get_submodule(name)

@@ -5,21 +5,26 @@ value or device; the message names the argument. Importing this package register
 `torch.compile`) and autograd formulas, nothing else. An op without a formula raises when it is differentiated.
 """
 
-from .adam import masked_adam_
+from .adam import dequantize_moments8, empty_moments8, masked_adam_
 from .codec import dequantize_blocks, quantize_blocks, quantize_rows_, scale_dtype
 from .gather import expert_gather, expert_scatter
 from .glu import glu, glu_backward
+from .residual import dequantize_residual, quantize_residual
 from .router_uniform import router_uniform_
 from .row_gradient import row_gradient_, row_importance_
 
 __all__ = [
     "dequantize_blocks",
+    "dequantize_moments8",
+    "dequantize_residual",
+    "empty_moments8",
     "expert_gather",
     "expert_scatter",
     "glu",
     "glu_backward",
     "masked_adam_",
     "quantize_blocks",
+    "quantize_residual",
     "quantize_rows_",
     "router_uniform_",
     "row_gradient_",
