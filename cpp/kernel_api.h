@@ -64,6 +64,16 @@ struct GatherRowsArgs {
   DType dtype;
 };
 
+// out[inverse[t, k]] = x[t] wherever inverse is not -1: the same rows, reading each token once. Rows of out that no
+// pair owns become zeros.
+struct PermuteRowsArgs {
+  const void* x;           // [num_tokens, hidden_size] of dtype
+  const int32_t* inverse;  // [num_tokens, top_k], each row of out at most once
+  void* out;               // [num_rows, hidden_size] of dtype
+  int64_t num_rows, num_tokens, top_k, hidden_size;
+  DType dtype;
+};
+
 // out[t] = sum over k, ascending, of weights[t, k] * permuted[inverse[t, k]] (pairs with inverse -1 are left out),
 // accumulated in fp32 and rounded once. weights null: all ones (the adjoint of gather).
 struct CombineRowsArgs {

@@ -27,6 +27,14 @@ void parallel_for(int64_t count, int64_t work, const Body& body) {
   for (int64_t i = 0; i < count; ++i) body(i);
 }
 
+// The same in runs of neighbouring items: body(first, last).
+template <class Body>
+void parallel_for_runs(int64_t count, int64_t work, const Body& body) {
+  constexpr int64_t kRun = 16;
+  parallel_for((count + kRun - 1) / kRun, kRun * work,
+               [&](int64_t run) { body(run * kRun, (run + 1) * kRun < count ? (run + 1) * kRun : count); });
+}
+
 // The same for items of unequal cost.
 template <class Body>
 void parallel_for_uneven(int64_t count, int64_t work, const Body& body) {
