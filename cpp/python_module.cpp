@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "enum_names.h"
 #include "errors.h"
 #include "kernel_api.h"
@@ -277,6 +278,14 @@ PYBIND11_MODULE(_C, m) {
       "scale_dtype",
       [](const std::string& format) { return scale_bytes(parse_format(format)) == 2 ? "float16" : "float32"; },
       py::arg("format"));
+  m.def("detected_isa", [] { return cpu::kIsaNames[static_cast<int>(cpu::detected_isa())]; });
+  m.def(
+      "limit_isa",
+      [](const std::string& name) {
+        cpu::limit_isa(parse_enum<cpu::Isa, cpu::kNumIsas>(
+            name, "name", {{{"plain", cpu::Isa::plain}, {"avx2", cpu::Isa::avx2}, {"avx512", cpu::Isa::avx512}}}));
+      },
+      py::arg("name"));
   bind_store(m);
   bind_pager(m);
   bind_layer(m);
