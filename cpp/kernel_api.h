@@ -113,7 +113,8 @@ struct GluArgs {
 
 // Given grad_h = dL/dh before the router weight (grad_out @ W_down), per row p with router weight w:
 // grad_row_weight[p] = <h, grad_h>; grad_gate_up = w * grad_h through the activation; weighted_h = w * h (for the down
-// rows' gradient). row_weight null: w = 1. weighted_h and grad_row_weight may be null.
+// rows' gradient). row_weight null: w = 1. weighted_h and grad_row_weight may be null. grad_gate_up may be gate_up, and
+// weighted_h may be grad_h.
 struct GluBackwardArgs {
   const void* grad_h;       // [num_rows, intermediate_size] of dtype
   const void* gate_up;      // [num_rows, 2 * intermediate_size] of dtype

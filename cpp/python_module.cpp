@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "enum_names.h"
 #include "errors.h"
 #include "kernel_api.h"
@@ -286,6 +287,7 @@ PYBIND11_MODULE(_C, m) {
             name, "name", {{{"plain", cpu::Isa::plain}, {"avx2", cpu::Isa::avx2}, {"avx512", cpu::Isa::avx512}}}));
       },
       py::arg("name"));
+  m.def("release_thread_pool", &cpu::release_thread_pool);
   bind_store(m);
   bind_pager(m);
   bind_layer(m);

@@ -81,8 +81,8 @@ def test_noise_depends_on_seed_and_step_alone(mode):
 
 
 def _quadratic(mode: str, stochastic: bool, lr: float, steps: int) -> float:
-    """How far the weights, on average over the second half of the steps, are from the minimum of a quadratic, as a share
-    of the first distance. The minimum lies between the codes: only their mean can reach it."""
+    """How far the weights, on average over the second half of the steps, are from the minimum of a quadratic, as a
+    share of the first distance. The minimum lies between the codes: only their mean can reach it."""
     generator = torch.Generator().manual_seed(3)
     rows = Rows.make(4, 256, "nf4", mode)
     target = rows.decode() + 0.003 * torch.randn(4, 256, generator=generator)

@@ -8,9 +8,7 @@ import pytest
 import torch
 from adam_oracles import FORMATS, HYPER, MODES, Rows, expected_step, float64_step
 from torch.library import opcheck
-from usaf_ext import _C, ops
-
-ISAS = ("plain", "avx2", "avx512")
+from usaf_ext import ops
 
 
 def test_philox_known_answer():
@@ -54,16 +52,6 @@ VARIANTS = [
     ("eco", torch.float32, True),
     ("eco", torch.float32, False),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Each instruction set that this CPU has, in turn."""
-    if ISAS.index(request.param) > ISAS.index(_C.detected_isa()):
-        pytest.skip(f"this CPU has no {request.param}")
-    _C.limit_isa(request.param)
-    yield request.param
-    _C.limit_isa(ISAS[-1])
 
 
 @pytest.mark.parametrize("moments", ["fp32", "8bit"])

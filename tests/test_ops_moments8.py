@@ -8,18 +8,7 @@ import torch
 from adam_oracles import HYPER, decode_moments, encode_moments, moment_map
 from torch import Tensor
 from torch.library import opcheck
-from usaf_ext import _C, ops
-
-ISAS = ("plain", "avx2", "avx512")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    if ISAS.index(request.param) > ISAS.index(_C.detected_isa()):
-        pytest.skip(f"this CPU has no {request.param}")
-    _C.limit_isa(request.param)
-    yield request.param
-    _C.limit_isa(ISAS[-1])
+from usaf_ext import ops
 
 
 def _quantize(values: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -421,3 +421,9 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     done = subprocess.run([sys.executable, driver], stdout=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == -9
     assert int(done.stdout) > 0
+
+
+def test_the_studys_loop_refuses_what_it_does_not_do():
+    config = runs.TrainConfig(**{**SHORT, "activation_threshold": 0.1})
+    with pytest.raises(ValueError, match="activation_threshold: the study's own loop"):
+        runs._prepare(torch.nn.Linear(2, 2), config)

@@ -128,6 +128,8 @@ void with_format(Format format, const Body& body) {
   }
 }
 
+constexpr int64_t kCacheLine = 64;
+
 int64_t absmax_bytes(Format format, int64_t cols) { return num_blocks(format, cols) * scale_bytes(format); }
 
 }  // namespace
@@ -146,6 +148,21 @@ void encode_row(Format format, const T* weight, int64_t cols, uint8_t* codes, vo
   });
   const int64_t used = used_bytes(format, cols);
   std::memset(codes + used, 0, static_cast<size_t>(code_bytes(format, cols) - used));
+}
+
+void decode_rows_of(Format format, const EncodedRows& rows, int64_t num_rows, int64_t cols, Bf16* out,
+                    int64_t out_stride) {
+  with_format(format, [&]<Format kFormat>() {
+    with_isa([&]<class Set>() {
+      for (int64_t r = 0; r < num_rows; ++r) {
+        const uint8_t* ahead = rows.codes + (r + rows.prefetch) * rows.code_stride;
+        for (int64_t i = 0; i < used_bytes(kFormat, cols); i += kCacheLine) __builtin_prefetch(ahead + i, 0, 2);
+        __builtin_prefetch(rows.absmax + (r + rows.prefetch) * rows.scale_stride, 0, 2);
+        Set::template decode_row<kFormat>(rows.codes + r * rows.code_stride, rows.absmax + r * rows.scale_stride, cols,
+                                          out + r * out_stride);
+      }
+    });
+  });
 }
 
 template void decode_row(Format, const uint8_t*, const void*, int64_t, float*);

@@ -1,4 +1,5 @@
-// Decodes the matrices of one expert into the layer's scratch: the page first, then the bank rows over it.
+// Decodes the matrices of one expert into the layer's scratch ([3, intermediate_size, hidden_size]: gate, up, down^T):
+// the page first, then the bank rows over it.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -14,8 +15,6 @@ class ExpertDecoder {
   at::Tensor gate_up(const uint8_t* page, int64_t expert) const;
   // W_down^T: [intermediate_size, hidden_size].
   at::Tensor down(const uint8_t* page, int64_t expert) const;
-  // What the two calls above left in the scratch: gate, up and down^T, [3, intermediate_size, hidden_size].
-  const void* decoded() const { return layer_.scratch(); }
 
  private:
   void* target(int matrix) const;
