@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "enum_names.h"
 #include "errors.h"
@@ -279,6 +280,14 @@ PYBIND11_MODULE(_C, m) {
       "scale_dtype",
       [](const std::string& format) { return scale_bytes(parse_format(format)) == 2 ? "float16" : "float32"; },
       py::arg("format"));
+  m.def("detected_isa", [] { return cpu::kIsaNames[static_cast<int>(cpu::detected_isa())]; });
+  m.def(
+      "limit_isa",
+      [](const std::string& name) {
+        cpu::limit_isa(parse_enum<cpu::Isa, cpu::kNumIsas>(
+            name, "name", {{{"plain", cpu::Isa::plain}, {"avx2", cpu::Isa::avx2}, {"avx512", cpu::Isa::avx512}}}));
+      },
+      py::arg("name"));
   m.def("release_thread_pool", &cpu::release_thread_pool);
   bind_store(m);
   bind_pager(m);
