@@ -32,23 +32,10 @@ USAF_ALWAYS_INLINE bool replace(uint8_t* __restrict target, const uint8_t* __res
 template <Format kFormat>
 USAF_ALWAYS_INLINE void encode(const float* weight, int64_t count, const uint32_t* random, uint8_t* codes,
                                void* absmax) {
-  if constexpr (kFormat == Format::bf16) {
-    auto* out = reinterpret_cast<Bf16*>(codes);
-    for (int64_t i = 0; i < kBlockSize; ++i) {
-      out[i].bits = random ? to_bf16_stochastic(weight[i], random[i]).bits : to_bf16(weight[i]).bits;
-    }
+  if (random) {
+    encode_stochastic_generic<kFormat>(weight, count, random, codes, absmax);
   } else {
-    *static_cast<typename BlockCodec<kFormat>::Scale*>(absmax) =
-        encode_block_generic<kFormat>(weight, count, random, codes);
-  }
-}
-
-template <Format kFormat>
-USAF_ALWAYS_INLINE void decode(const uint8_t* codes, const void* absmax, float* out) {
-  if constexpr (kFormat == Format::bf16) {
-    decode_bf16_generic(codes, kBlockSize, out);
-  } else {
-    decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
+    encode_row_generic<kFormat>(weight, count, codes, absmax);
   }
 }
 
@@ -65,7 +52,7 @@ USAF_ALWAYS_INLINE bool run_block(const AdamStep& step, const AdamBlock& block) 
   const bool has_master = args.mode == AdamMode::master, has_residual = args.mode == AdamMode::residual;
   alignas(64) float weight[kBlockSize], decoded[kBlockSize], unit[kBlockSize];
   if (!has_master) {
-    decode<kFormat>(block.codes, block.absmax, weight);
+    decode_row_generic<kFormat>(block.codes, block.absmax, kBlockSize, weight);
   } else if (args.master_dtype == DType::f32) {
     load_block(static_cast<const float*>(block.master), weight);
   } else {
@@ -102,11 +89,11 @@ USAF_ALWAYS_INLINE bool run_block(const AdamStep& step, const AdamBlock& block) 
   }
 
   if (has_residual) {
-    decode<kFormat>(codes, scale, decoded);
+    decode_row_generic<kFormat>(codes, scale, kBlockSize, decoded);
     residual_units<kFormat>(codes, scale, unit);
     changed |= encode_residual(weight, decoded, unit, block.residual);
   } else if (args.mode == AdamMode::eco) {
-    decode<kFormat>(codes, scale, decoded);
+    decode_row_generic<kFormat>(codes, scale, kBlockSize, decoded);
     carry_error(step.scalars, weight, decoded, block.exp_avg_sq, block.exp_avg);
   }
   return changed;
