@@ -153,8 +153,8 @@ void decode_rows_of(Format format, const EncodedRows& rows, int64_t num_rows, in
         const uint8_t* ahead = rows.codes + (r + rows.prefetch) * rows.code_stride;
         for (int64_t i = 0; i < used_bytes(kFormat, cols); i += kCacheLine) __builtin_prefetch(ahead + i, 0, 2);
         __builtin_prefetch(rows.absmax + (r + rows.prefetch) * rows.scale_stride, 0, 2);
-        Set::template decode_row<kFormat>(rows.codes + r * rows.code_stride, rows.absmax + r * rows.scale_stride, cols,
-                                          out + r * out_stride);
+        Set::template decode_row<kFormat, false>(rows.codes + r * rows.code_stride, rows.absmax + r * rows.scale_stride,
+                                                 cols, out + r * out_stride);
       }
     });
   });
