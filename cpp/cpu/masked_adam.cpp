@@ -46,7 +46,7 @@ USAF_ALWAYS_INLINE void encode(const float* weight, int64_t count, const uint32_
 template <Format kFormat>
 USAF_ALWAYS_INLINE void decode(const uint8_t* codes, const void* absmax, float* out) {
   if constexpr (kFormat == Format::bf16) {
-    decode_bf16_generic(codes, kBlockSize, out);
+    decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
   } else {
     decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
   }
