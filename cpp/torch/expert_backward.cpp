@@ -100,7 +100,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> experts_backward_ma
     for_each_expert(layer, batches, Phase::backward, [&](const uint8_t* page, int64_t expert) {
       backward.run(page, expert, grad_x, grad_weights, [&](size_t i, const ExpertActivations& activations) {
         accumulate_importance(layer, expert, activations);
-        if (layer.under_threshold(expert, batches[i].routing.tokens())) return;
+        if (layer.under_threshold(expert, batches[i].routing.tokens())) {
+          layer.num_masked += layer.trained_bank() != nullptr;
+          return;
+        }
         accumulate_row_gradients(layer, expert, activations);
         norm.record(i, expert);
       });
