@@ -144,11 +144,9 @@ void decode_row(Format format, const uint8_t* codes, const void* absmax, int64_t
 template <class T>
 void encode_row(Format format, const T* weight, int64_t cols, uint8_t* codes, void* absmax) {
   with_format(format, [&]<Format kFormat>() {
-<<<<<<< HEAD
-    with_isa([&]<class Set>() { Set::template encode_row<kFormat>(weight, cols, codes, absmax); });
+    with_isa([&]<class Set>() { Set::template encode_row<kFormat, false>(weight, cols, codes, absmax); });
   });
-  const int64_t used = used_bytes(format, cols);
-  std::memset(codes + used, 0, static_cast<size_t>(code_bytes(format, cols) - used));
+  clear_padding(format, cols, codes);
 }
 
 void decode_rows_of(Format format, const EncodedRows& rows, int64_t num_rows, int64_t cols, Bf16* out,
@@ -163,11 +161,7 @@ void decode_rows_of(Format format, const EncodedRows& rows, int64_t num_rows, in
                                                  cols, out + r * out_stride);
       }
     });
-=======
-    with_isa([&]<class Set>() { Set::template encode_row<kFormat, false>(weight, cols, codes, absmax); });
->>>>>>> codec
   });
-  clear_padding(format, cols, codes);
 }
 
 template void decode_row(Format, const uint8_t*, const void*, int64_t, float*);
