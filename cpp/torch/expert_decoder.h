@@ -12,15 +12,18 @@ class ExpertDecoder {
 
   // Rows of gate above rows of up: [2 * intermediate_size, hidden_size].
   at::Tensor gate_up(const uint8_t* page, int64_t expert) const;
-  // W_down^T: [intermediate_size, hidden_size].
+  // W_down^T: [intermediate_size, hidden_size]; a transposed view where the page holds W_down as it is.
   at::Tensor down(const uint8_t* page, int64_t expert) const;
-  // What the two calls above left in the scratch: gate, up and down^T, [3, intermediate_size, hidden_size].
+  // What the two calls above left in the scratch: gate, up and down^T, [3, intermediate_size, hidden_size] (down^T only
+  // while importance by weights is measured, which reads it, where the page holds W_down as it is).
   const void* decoded() const { return layer_.scratch(); }
 
  private:
   void* target(int matrix) const;
   at::Tensor view(int matrix, int64_t count) const;
   void decode(const uint8_t* page, int64_t expert, int matrix, int count) const;
+  at::Tensor down_as_it_is(const uint8_t* page, int64_t expert) const;
+  void overlay_columns(const RowBank* bank, int64_t expert, const at::Tensor& down) const;
   void overlay(const RowBank* bank, int64_t expert, int matrix, int count) const;
 
   ExpertLayer& layer_;
