@@ -64,6 +64,16 @@ struct GatherRowsArgs {
   DType dtype;
 };
 
+// out[inverse[t, k]] = x[t] wherever inverse is not -1: the same rows, reading each token once. Rows of out that no
+// pair owns become zeros.
+struct PermuteRowsArgs {
+  const void* x;           // [num_tokens, hidden_size] of dtype
+  const int32_t* inverse;  // [num_tokens, top_k], each row of out at most once
+  void* out;               // [num_rows, hidden_size] of dtype
+  int64_t num_rows, num_tokens, top_k, hidden_size;
+  DType dtype;
+};
+
 // out[t] = sum over k, ascending, of weights[t, k] * permuted[inverse[t, k]] (pairs with inverse -1 are left out),
 // accumulated in fp32 and rounded once. weights null: all ones (the adjoint of gather).
 struct CombineRowsArgs {
@@ -113,7 +123,8 @@ struct GluArgs {
 
 // Given grad_h = dL/dh before the router weight (grad_out @ W_down), per row p with router weight w:
 // grad_row_weight[p] = <h, grad_h>; grad_gate_up = w * grad_h through the activation; weighted_h = w * h (for the down
-// rows' gradient). row_weight null: w = 1. weighted_h and grad_row_weight may be null.
+// rows' gradient). row_weight null: w = 1. weighted_h and grad_row_weight may be null. grad_gate_up may be gate_up, and
+// weighted_h may be grad_h.
 struct GluBackwardArgs {
   const void* grad_h;       // [num_rows, intermediate_size] of dtype
   const void* gate_up;      // [num_rows, 2 * intermediate_size] of dtype

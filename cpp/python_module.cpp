@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "enum_names.h"
 #include "errors.h"
 #include "kernel_api.h"
@@ -234,6 +236,7 @@ void bind_layer(py::module_& m) {
            }),
            py::arg("sweep"), py::arg("layer"), py::arg("activation"), py::arg("dtype"), py::arg("scratch"))
       .def_property_readonly("handle", &ExpertLayer::handle)
+      .def_property_readonly("uses_panels", &panels_available)
       .def(
           "set_bank", [](ExpertLayer& self, std::shared_ptr<RowBank> bank) { self.bank = std::move(bank); },
           py::arg("bank").none(true))
@@ -286,6 +289,15 @@ PYBIND11_MODULE(_C, m) {
       "scale_dtype",
       [](const std::string& format) { return scale_bytes(parse_format(format)) == 2 ? "float16" : "float32"; },
       py::arg("format"));
+  m.def("detected_isa", [] { return cpu::kIsaNames[static_cast<int>(cpu::detected_isa())]; });
+  m.def(
+      "limit_isa",
+      [](const std::string& name) {
+        cpu::limit_isa(parse_enum<cpu::Isa, cpu::kNumIsas>(
+            name, "name", {{{"plain", cpu::Isa::plain}, {"avx2", cpu::Isa::avx2}, {"avx512", cpu::Isa::avx512}}}));
+      },
+      py::arg("name"));
+  m.def("release_thread_pool", &cpu::release_thread_pool);
   bind_store(m);
   bind_pager(m);
   bind_layer(m);

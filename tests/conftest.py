@@ -59,3 +59,16 @@ def make_pager(request):
         return pager
 
     return make
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def isa(request):
+    """The CPU kernels on each instruction set in turn, of those that this CPU has."""
+    from usaf_ext import _C
+
+    levels = ["plain", "avx2", "avx512"]
+    if levels.index(request.param) > levels.index(_C.detected_isa()):
+        pytest.skip(f"this CPU has no {request.param}")
+    _C.limit_isa(request.param)
+    yield request.param
+    _C.limit_isa(_C.detected_isa())

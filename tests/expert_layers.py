@@ -69,12 +69,16 @@ def oracle(gate, up, down, hidden, index, top_k_weights, activation="silu"):
     return torch.stack(rows) if rows else torch.zeros(0, gate.shape[2], dtype=torch.float64)
 
 
-def module_with_bank(dtype, format="nf4", budget="auto", activation="silu"):
+def module_with_bank(dtype, format="nf4", budget="auto", activation="silu", hidden=HIDDEN, intermediate=INTERMEDIATE):
     torch.manual_seed(7)
     experts = PagedExperts.from_weights(
-        *weights(), format=format, dtype=dtype, device_budget=budget, activation=activation
+        *weights(hidden=hidden, intermediate=intermediate),
+        format=format,
+        dtype=dtype,
+        device_budget=budget,
+        activation=activation,
     )
-    expert, index = selection()
+    expert, index = selection(intermediate=intermediate)
     layer = experts.layer
     layer.set_bank(RowBank.from_store(layer.store, 0, (expert, index)))
     return experts

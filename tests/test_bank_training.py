@@ -31,6 +31,13 @@ KINDS = {
     "residual": {"mode": "residual", "grad_dtype": "bfloat16", **EXCHANGING},
     "eco": {"mode": "eco", "rounding": "nearest"},
     "in_place": {"mode": "in_place", "moments": "8bit", **EXCHANGING},
+    "release": {
+        "accumulation_order": "layer",
+        "gradient_accumulation_steps": 2,
+        "gradient_release": True,
+        "router": "topk",
+        **EXCHANGING,
+    },
     "least": {"mode": "eco", "grad_dtype": "bfloat16", "moments": "8bit"},
 }
 
@@ -76,8 +83,9 @@ def test_the_log_says_where_the_bytes_are(tiny_checkpoint, tmp_path):
         {"router": "topk", "router_warmup_steps": 1, "placement": "host"},
         {"mode": "in_place", "grad_dtype": "bfloat16"},
         {"mode": "eco", "optimizer": None},
+        {"accumulation_order": "layer", "gradient_release": True},
     ],
-    ids=["residual", "host", "in_place", "control"],
+    ids=["residual", "host", "in_place", "control", "release"],
 )
 def test_a_run_with_reselection_resumes_bit_for_bit(tiny_checkpoint, tmp_path, changes, stop):
     settings = config(**EXCHANGING, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import mmap
 import subprocess
@@ -243,27 +244,40 @@ def test_reservations_take_host_buffers(stores):
     memory = ExpertMemory(store, "256KiB", host_budget=budget)
     smallest = ExpertMemory.smallest_host_budget(store)
     for _ in range(2):
-        memory.reserve_host(budget - smallest - 1)
+        memory.reserve_host(budget - smallest)
         assert memory.pager.num_buffers == 2
-        memory.reserve_host(1)
         assert memory.host_bytes == budget
         with pytest.raises(BudgetError, match=rf"is {budget + 1} .*, {budget + 1 - smallest} of them reserved"):
-            memory.reserve_host(1)
+            memory.reserve_host(budget - smallest + 1)
         assert memory.host_bytes == budget
-        memory.release_host(budget - smallest)
+        memory.reserve_host(0)
         assert memory.pager.num_buffers == 40
     with pytest.raises(ValueError, match="num_bytes: expected at least 0, got -1"):
         memory.reserve_host(-1)
-    with pytest.raises(ValueError, match="num_bytes: expected 0 to 0, got 1"):
-        memory.release_host(1)
 
     in_memory = ExpertMemory(ExpertStore.open(stores / "store"), "256KiB", host_budget=store.bytes + 100)
     in_memory.reserve_host(100)
     with pytest.raises(BudgetError, match=rf"is {store.bytes + 101} "):
-        in_memory.reserve_host(1)
+        in_memory.reserve_host(101)
     unlimited = ExpertMemory(store, "256KiB")
     unlimited.reserve_host(1 << 40)
     assert unlimited.pager.num_buffers == 16
+
+
+def test_banks_in_host_memory_count(stores, tmp_path):
+    config = TrainConfig(steps=2, batch_size=4, seq_len=24, density=0.02, importance_batches=1, placement="host")
+    model = load(stores / "store", 64)
+    memory = expert_memory(model)
+    train(model, list(tokens(8)), config, tmp_path / "run")
+    assert memory.pager.num_buffers < 64
+    assert memory.host_bytes <= memory.host_budget
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    (host,) = (record["bank_bytes"]["host"] for record in logged if record["event"] == "selection")
+    assert memory._reserved_host == host > 0
+    for num_buffers in (3, 64 - memory.pager.num_buffers):  # too few for the banks; and for the moments on top
+        poor = load(stores / "store", num_buffers)
+        with pytest.raises(BudgetError, match=r"host_budget: \d+ bytes are too few; .* reserved for banks"):
+            train(poor, list(tokens(8)), config, tmp_path / f"poor {num_buffers}")
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,8 @@ def smallest_budget(experts):
 
 def use_bf16_gradients(layer):
     """Let the layer's bank keep its gradient in bfloat16."""
-    bank = layer.bank
-    bank.grad = bank.grad.bfloat16()
-    bank.native = bank._native()
-    layer.set_bank(bank)
+    neurons = layer.bank.neuron_expert, layer.bank.neuron_index
+    layer.set_bank(RowBank.from_store(layer.store, 0, neurons, grad_dtype=torch.bfloat16))
 
 
 def weight_gradients(store, batches):
@@ -203,9 +201,9 @@ def test_banks_of_another_shape_are_refused():
 @pytest.mark.parametrize("bf16_gradients", [False, True], ids=["fp32 gradients", "bf16 gradients"])
 def test_gradients_and_their_squares(dtype, bf16_gradients):
     experts = module_with_bank(dtype)
-    bank = experts.layer.bank
     if bf16_gradients:
         use_bf16_gradients(experts.layer)
+    bank = experts.layer.bank
     batches = [batch(19, dtype), batch(1, dtype, top_k=1), batch(26, dtype)]
     sums = torch.zeros_like(bank.grad)
     for inputs in batches:

@@ -17,7 +17,7 @@ from trained_models import paged_model, same_bits, tokens
 from transformers import AutoModelForCausalLM
 from usaf_ext import TrainConfig, UsafConfig, UsafError, expert_store, paged_layers, train
 from usaf_ext.experts import PagedExperts, PagedLayer
-from usaf_ext.layer_major import run_together
+from usaf_ext.layer_major import MicroBatchThreads
 from usaf_ext.memory import ExpertMemory
 from usaf_ext.store import ExpertStore
 
@@ -130,6 +130,19 @@ class Two(nn.Module):
         return x
 
 
+def micro_batch_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("micro-batch")]
+
+
+def run_together(bodies, *hooks):
+    """As one step of a run; no thread is left behind, whatever happens."""
+    try:
+        with MicroBatchThreads() as threads:
+            return threads.run(bodies, torch.device("cpu"), *hooks)
+    finally:
+        assert micro_batch_threads() == []
+
+
 def test_results_and_switches_come_in_order():
     model, seen, ended = Two(), [], []
     inputs = [torch.randn(5, 64, requires_grad=True) for _ in range(3)]
@@ -141,11 +154,12 @@ def test_results_and_switches_come_in_order():
 
     def body(x):
         assert torch.is_autocast_enabled("cpu")
+        assert torch.get_num_threads() == 1  # as the fixture says, not as many as there are cores
         model(x).sum().backward()
         return x.grad
 
     with torch.autocast("cpu", enabled=True, dtype=torch.bfloat16):
-        results = run_together([partial(body, x) for x in inputs], torch.device("cpu"), note, ended.append)
+        results = run_together([partial(body, x) for x in inputs], note, ended.append)
     assert all(result is x.grad for result, x in zip(results, inputs))
     assert seen == [0, 1, 2] * 5  # two layers up, two down
     assert ended == [layer.native.handle for layer in reversed(paged_layers(model))]
@@ -177,10 +191,13 @@ def test_a_failure_reaches_the_caller_and_ends_all_threads(number, where):
             fail()
 
     bodies = [partial(body, mine == number) for mine in range(3)]
-    with pytest.raises(Exception, match="expected Float" if where == "experts" else "mine"):
-        run_together(bodies, torch.device("cpu"))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("micro-batch")]
-    run_together([partial(body, False)] * 2, torch.device("cpu"))
+    with MicroBatchThreads() as threads:
+        for _ in range(2):
+            with pytest.raises(Exception, match="expected Float" if where == "experts" else "mine"):
+                threads.run(bodies, torch.device("cpu"))
+        assert threads.run([partial(body, False)] * 2, torch.device("cpu")) == [None, None]
+        assert len(micro_batch_threads()) == 3
+    assert micro_batch_threads() == []
 
 
 def test_an_interrupt_ends_all_threads():
@@ -194,10 +211,9 @@ def test_an_interrupt_ends_all_threads():
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process may ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_together([partial(body, number) for number in range(3)], torch.device("cpu"))
+            run_together([partial(body, number) for number in range(3)])
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("micro-batch")]
 
 
 @pytest.mark.parametrize("order", [[True, False], [False, True]])
@@ -205,6 +221,6 @@ def test_micro_batches_that_part_are_refused(order):
     model = Two()
     bodies = [partial(model, torch.randn(5, 64), odd) for odd in order]
     with pytest.raises(UsafError, match="came to different expert layers"):
-        run_together(bodies, torch.device("cpu"))
+        run_together(bodies)
     with pytest.raises(UsafError, match="came to different expert layers"):
-        run_together([bodies[0], lambda: None], torch.device("cpu"))
+        run_together([bodies[0], lambda: None])

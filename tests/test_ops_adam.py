@@ -1,101 +1,14 @@
-"""masked_adam_ against torch.optim.AdamW, and bit for bit against the formula in plain fp32 torch."""
+"""masked_adam_: bit for bit against the formula in plain fp32 torch, against float64 and torch.optim.AdamW; skipped
+rows; noise that no cut or thread count changes; its arguments. What the modes are for is in test_adam_modes.py."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-
-import numpy as np
 import oracles
 import pytest
 import torch
-from torch import Tensor
+from adam_oracles import FORMATS, HYPER, MODES, Rows, expected_step, float64_step
 from torch.library import opcheck
 from usaf_ext import ops
-
-FORMATS = ["nf4", "bf16"]
-MODES = ["master", "in_place"]
-HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-
-
-@dataclasses.dataclass
-class Rows:
-    """The state of some rows, as masked_adam_ takes it."""
-
-    format: str
-    mode: str
-    codes: Tensor
-    absmax: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
-    master: Tensor | None
-
-    @staticmethod
-    def make(num_rows, cols, format="nf4", mode="master", master_dtype=torch.float32, scale=0.02, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        weight = (torch.randn(num_rows, cols, generator=generator) * scale).to(master_dtype)
-        codes, absmax = ops.quantize_blocks(weight, format)
-        moments = [torch.zeros(num_rows, cols) for _ in range(2)]
-        step = torch.zeros(num_rows, dtype=torch.int32)
-        return Rows(format, mode, codes, absmax, *moments, step, weight if mode == "master" else None)
-
-    def tensors(self) -> dict[str, Tensor]:
-        values = {name: getattr(self, name) for name in ("codes", "absmax", "exp_avg", "exp_avg_sq", "step", "master")}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def clone(self) -> Rows:
-        return dataclasses.replace(self, **{name: value.clone() for name, value in self.tensors().items()})
-
-    def apply(self, grad, **options):
-        options = {**HYPER, "format": self.format, "mode": self.mode, **options}
-        ops.masked_adam_(**self.tensors(), grad=grad, **options)
-
-    def decode(self) -> Tensor:
-        return ops.dequantize_blocks(self.codes, self.absmax, self.exp_avg.shape[1], self.format)
-
-    def same_as(self, other: Rows, rows=slice(None)) -> bool:
-        mine, theirs = self.tensors(), other.tensors()
-        return all(torch.equal(mine[name][rows], theirs[name][rows]) for name in mine)
-
-
-def expected_step(rows: Rows, grad: Tensor, seed=0, first_element=0, hyper=HYPER) -> Rows:
-    """The same step in fp32 torch, one rounding an operation, with the scalars in double."""
-    rows = rows.clone()
-    cols = grad.shape[1]
-    rows.step += 1
-    f32 = {name: torch.tensor(value, dtype=torch.float32) for name, value in hyper.items()}
-    complement1 = torch.tensor(1 - hyper["beta1"], dtype=torch.float32)
-    complement2 = torch.tensor(1 - hyper["beta2"], dtype=torch.float32)
-    correction = [[1 - hyper[beta] ** t for t in rows.step.tolist()] for beta in ("beta1", "beta2")]
-    step_size = torch.tensor([hyper["lr"] / c for c in correction[0]], dtype=torch.float64).float()[:, None]
-    inverse_sqrt = torch.tensor([1 / math.sqrt(c) for c in correction[1]], dtype=torch.float64).float()[:, None]
-    keep = torch.tensor(1 - hyper["lr"] * hyper["weight_decay"], dtype=torch.float32)
-
-    weight = rows.master.float() if rows.mode == "master" else rows.decode()
-    rows.exp_avg = f32["beta1"] * rows.exp_avg + complement1 * grad
-    rows.exp_avg_sq = f32["beta2"] * rows.exp_avg_sq + complement2 * (grad * grad)
-    # numpy's square root is the correctly rounded one; torch's, through MKL, is not.
-    denominator = torch.from_numpy(np.sqrt(rows.exp_avg_sq.numpy())) * inverse_sqrt + f32["eps"]
-    weight = weight * keep - (step_size * rows.exp_avg) / denominator
-    if rows.mode == "master":
-        rows.master = weight.to(rows.master.dtype)
-        weight = rows.master.float()
-        random = None
-    else:
-        noise = [oracles.philox(seed, t, first_element + r * cols, cols) for r, t in enumerate(rows.step.tolist())]
-        random = torch.stack(noise)
-    if rows.format == "nf4":
-        uniform = None if random is None else (random >> 8).float() * 2.0**-24
-        code, rows.absmax = oracles.encode_nf4(weight, uniform)
-        rows.codes = oracles.pack_nf4(code)
-    else:
-        if random is not None:
-            bits = weight.contiguous().view(torch.int32).long() & 0xFFFFFFFF
-            upper = ((bits + (random & 0xFFFF)) >> 16 << 16) & 0xFFFFFFFF
-            weight = torch.where(upper >= 2**31, upper - 2**32, upper).int().view(torch.float32)
-        rows.codes = oracles.pack_bf16(weight)
-    return rows
 
 
 def test_philox_known_answer():
@@ -129,25 +42,68 @@ def test_fp32_master_equals_torch_adamw(format, cols):
     torch.testing.assert_close(rows.exp_avg_sq, state["exp_avg_sq"], rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("master_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cols", [1, 5, 64, 65, 200])
-@pytest.mark.parametrize("format", FORMATS)
-def test_bits_of_the_formula(format, cols, master_dtype, mode):
-    rows = Rows.make(7, cols, format, mode, master_dtype)
-    rows.step += torch.arange(7, dtype=torch.int32) * 3
-    seed, first_element = 2**40 + 17, 3
-    for _ in range(4):
-        grad = torch.randn(7, cols)
-        expected = expected_step(rows, grad, seed, first_element)
-        rows.apply(grad, seed=seed, first_element=first_element)
-        assert rows.same_as(expected)
+# mode, master_dtype, stochastic
+VARIANTS = [
+    ("master", torch.float32, True),
+    ("master", torch.bfloat16, True),
+    ("residual", torch.float32, True),
+    ("in_place", torch.float32, True),
+    ("in_place", torch.float32, False),
+    ("eco", torch.float32, True),
+    ("eco", torch.float32, False),
+]
 
 
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "master_dtype", "stochastic"), VARIANTS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_bits_of_the_formula(isa, format, mode, master_dtype, stochastic, grad_dtype, moments):
+    """The same bits whatever the instruction set."""
+    for cols in (1, 5, 64, 65, 200, 330):
+        rows = Rows.make(5, cols, format, mode, master_dtype, moments)
+        rows.step += torch.arange(5, dtype=torch.int32) * 3
+        noise = {"stochastic": stochastic, "seed": 2**40 + 17, "first_element": 3}
+        for _ in range(3):
+            grad = (torch.randn(5, cols) * torch.tensor([1.0, 1e-3, 1e-6, 0.0, 1e4])[:, None]).to(grad_dtype)
+            expected = expected_step(rows, grad, **noise)
+            rows.apply(grad, **noise)
+            assert rows.same_as(expected), cols
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "master_dtype", "stochastic"), VARIANTS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_against_float64(format, mode, master_dtype, stochastic, grad_dtype, moments):
+    rows = Rows.make(6, 330, format, mode, master_dtype, moments)
+    for _ in range(2):
+        rows.apply(torch.randn(6, 330).to(grad_dtype), stochastic=stochastic)
+    grad = torch.randn(6, 330).to(grad_dtype)
+    weight, exp_avg, exp_avg_sq, size = float64_step(rows, grad)
+    rows.apply(grad, stochastic=stochastic)
+    if mode == "master":
+        tolerance = 2**-8 if master_dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(rows.master.double(), weight, rtol=tolerance, atol=1e-7)
+    elif mode == "residual":
+        assert ((rows.weight().double() - weight).abs() <= 0.51 * rows.unit() + 1e-7).all()
+    else:  # to one of the codes around it, the nearer one unless stochastic
+        reach = rows.unit().double() * 127 * (2 if stochastic else 1)
+        assert ((rows.decode().double() - weight).abs() <= reach * 1.001 + 1e-7).all()
+    if mode == "eco":
+        keep = 1 - HYPER["lr"] * HYPER["weight_decay"]
+        exp_avg = exp_avg + keep / size * (1 - 1 / HYPER["beta1"]) * (weight - rows.decode().double())
+    for got, expected in zip(rows.moments(), (exp_avg, exp_avg_sq), strict=True):
+        scale = expected.abs().amax(-1, keepdim=True)
+        tolerance = 0.01 if moments == "8bit" else 1e-5
+        assert ((got.double() - expected).abs() <= tolerance * scale).all()
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_skipped_rows_keep_every_bit(format, mode):
-    rows = Rows.make(8, 70, format, mode)
+def test_skipped_rows_keep_every_bit(format, mode, moments):
+    rows = Rows.make(8, 70, format, mode, moments=moments)
     rows.apply(torch.randn(8, 70))
     before, grad = rows.clone(), torch.randn(8, 70)
     active = torch.tensor([True, False, True, True, False, False, True, False])
@@ -182,12 +138,18 @@ def test_grad_scale():
 @pytest.mark.parametrize("format", FORMATS)
 def test_changed_tells_whether_a_stored_bit_changed(format, mode):
     rows, changed = Rows.make(3, 70, format, mode), torch.zeros(1, dtype=torch.int32)
-    # Every weight stands on its code, so a step without lr rounds nothing, even stochastically.
-    table = torch.arange(70) % 16
-    rows.codes.copy_(oracles.pack_nf4(table.expand(3, 70)) if format == "nf4" else oracles.pack_bf16(torch.ones(3, 70)))
-    rows.absmax.fill_(1.0)
+    # Every weight stands on its code, the largest code in each block: a step without lr rounds nothing, even
+    # stochastically.
+    weight = oracles.NF4[torch.arange(70) % 16].expand(3, 70).clone()
+    if not format.startswith("nf4"):
+        weight = weight.sign()
+    codes, absmax = ops.quantize_blocks(weight, format)
+    rows.codes.copy_(codes)
+    rows.absmax.copy_(absmax)
     if mode == "master":
         rows.master.copy_(rows.decode())
+    if mode == "residual":
+        rows.residual.zero_()
     rows.apply(torch.randn(3, 70), lr=0.0, weight_decay=0.0, changed=changed)
     assert changed.item() == 0
     rows.apply(torch.randn(3, 70), lr=0.5, changed=changed)
@@ -196,80 +158,57 @@ def test_changed_tells_whether_a_stored_bit_changed(format, mode):
     assert changed.item() == 1  # never cleared
 
 
-def test_master_change_alone_counts_as_changed():
-    rows, changed = Rows.make(1, 64), torch.zeros((), dtype=torch.int32)
+@pytest.mark.parametrize(("mode", "cols"), [("master", 64), ("master", 70), ("residual", 64), ("residual", 70)])
+def test_a_change_beside_the_codes_alone_counts(mode, cols):
+    rows, changed = Rows.make(1, cols, mode=mode), torch.zeros((), dtype=torch.int32)
+    if mode == "residual":
+        rows.residual.zero_()
     codes, absmax = rows.codes.clone(), rows.absmax.clone()
-    grad = torch.zeros(1, 64)
-    grad[0, rows.master.abs().argmin()] = 1.0
-    rows.apply(grad, lr=1e-7, weight_decay=0.0, changed=changed)
+    grad = torch.zeros(1, cols)
+    grad[0, rows.weight()[0, :64].abs().argmin()] = 1.0
+    rows.apply(grad, lr=1e-7 if mode == "master" else 1e-4, weight_decay=0.0, changed=changed)
     assert torch.equal(rows.codes, codes)
     assert torch.equal(rows.absmax, absmax)
     assert changed.item() == 1
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_in_place_is_unbiased(format):
-    """The mean over seeds of the decoded row is the stepped row, within four standard errors."""
-    start, grad = Rows.make(2, 128, format, "in_place"), torch.randn(2, 128)
-    exact = dataclasses.replace(start.clone(), mode="master", master=start.decode())
-    exact.apply(grad)
-    samples = []
-    for seed in range(400):
-        rows = start.clone()
-        rows.apply(grad, seed=seed)
-        samples.append(rows.decode())
-    samples = torch.stack(samples).double()
-    error = samples.mean(0) - exact.master.double()
-    deviation = samples.std(0) / math.sqrt(len(samples))
-    assert (samples.std(0) > 0).double().mean() > 0.9
-    assert (error.abs() > 4 * deviation + 1e-6).double().mean() < 0.01
-
-
-def test_in_place_learns_below_a_quantisation_step():
-    """Steps far under a 4-bit step add up, where rounding to nearest would stand still."""
-    rows = Rows.make(16, 256, "nf4", "in_place")
-    start = rows.decode()
-    for _ in range(50):
-        rows.apply(torch.ones(16, 256), lr=1e-4, weight_decay=0.0)
-    assert (rows.decode() - start).mean().item() == pytest.approx(-50 * 1e-4, rel=0.15)
-
-
-def test_a_bank_cut_in_pieces_rounds_the_same():
-    whole, grad = Rows.make(6, 70, "nf4", "in_place"), torch.randn(6, 70)
+@pytest.mark.parametrize("mode", ["in_place", "eco"])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_bank_cut_in_pieces_rounds_the_same(format, mode):
+    whole, grad = Rows.make(6, 70, format, mode), torch.randn(6, 70)
     pieces = whole.clone()
     whole.apply(grad, seed=5)
     for first, last in [(0, 1), (1, 4), (4, 6)]:
-        part = dataclasses.replace(pieces, **{name: value[first:last] for name, value in pieces.tensors().items()})
+        part = pieces.map(lambda value, first=first, last=last: value[first:last])
         part.apply(grad[first:last], seed=5, first_element=first * 70)
     assert pieces.same_as(whole)
 
 
-def test_leading_dimensions():
-    flat, grad = Rows.make(6, 70), torch.randn(6, 70)
-    shaped = dataclasses.replace(
-        flat.clone(), **{name: value.clone().unflatten(0, (2, 3)) for name, value in flat.tensors().items()}
-    )
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+def test_leading_dimensions(moments):
+    flat, grad = Rows.make(6, 70, moments=moments), torch.randn(6, 70)
+    shaped = flat.map(lambda value: value.clone().unflatten(0, (2, 3)))
     flat.apply(grad)
     shaped.apply(grad.unflatten(0, (2, 3)))
-    assert torch.equal(shaped.codes.flatten(0, 1), flat.codes)
-    assert torch.equal(shaped.master.flatten(0, 1), flat.master)
-    assert torch.equal(shaped.step.flatten(), flat.step)
+    assert shaped.map(lambda value: value.flatten(0, 1)).same_as(flat)
 
 
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(0, 70), (3, 0)])
-def test_empty(shape, mode):
-    rows = Rows.make(*shape, mode=mode)
+def test_empty(shape, mode, moments):
+    rows = Rows.make(*shape, mode=mode, moments=moments)
     rows.apply(torch.zeros(shape))
     assert rows.step.tolist() == [1] * shape[0]
 
 
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
 @pytest.mark.parametrize("mode", MODES)
-def test_same_bits_for_any_thread_count(mode):
+def test_same_bits_for_any_thread_count(mode, moments):
     grad = torch.randn(64, 1000)
 
     def run():
-        rows = Rows.make(64, 1000, "nf4", mode)
+        rows = Rows.make(64, 1000, "nf4", mode, moments=moments)
         rows.apply(grad, seed=3)
         return list(rows.tensors().values())
 
@@ -326,12 +265,44 @@ def test_bad_arguments():
     assert rows.same_as(before)
 
 
+def test_bad_arguments_of_modes_and_moments():
+    grad = torch.randn(4, 300)
+    residual = Rows.make(4, 300, mode="residual", moments="8bit")
+    eco = Rows.make(4, 300, mode="eco")
+    absmax = residual.exp_avg_absmax
+    bad = [
+        (residual, ValueError, "residual", None, "expected a tensor in mode 'residual', got None"),
+        (residual, TypeError, "residual", residual.residual.view(torch.uint8), "expected Char"),
+        (residual, ValueError, "residual", residual.residual[:, :299], "expected shape"),
+        (residual, ValueError, "residual", residual.residual.t().contiguous().t(), "contiguous"),
+        (residual, ValueError, "master", torch.zeros(4, 300), "expected None in mode 'residual'"),
+        (residual, ValueError, "exp_avg_absmax", None, "expected a tensor for 8-bit exp_avg"),
+        (residual, ValueError, "exp_avg_sq_absmax", None, "expected a tensor for 8-bit exp_avg_sq"),
+        (residual, ValueError, "exp_avg_absmax", absmax[:, :1], "expected shape"),
+        (residual, TypeError, "exp_avg_sq_absmax", absmax.double(), "expected Float"),
+        (residual, TypeError, "exp_avg_absmax", 1.0, "expected a torch.Tensor"),
+        (residual, TypeError, "exp_avg", residual.exp_avg.float(), "expected Byte"),
+        (residual, TypeError, "exp_avg_sq", residual.exp_avg_sq.float(), "expected Byte"),
+        (eco, ValueError, "exp_avg", residual.exp_avg, ""),
+        (eco, ValueError, "residual", residual.residual, "expected None in mode 'eco'"),
+        (eco, ValueError, "beta1", 0.0, "expected more than 0 in mode 'eco'"),
+        (eco, TypeError, "stochastic", 1, "expected a bool"),
+        (eco, TypeError, "grad", grad.half(), "expected Float or BFloat16"),
+    ]
+    for rows, error, argument, value, message in bad:
+        before = rows.clone()
+        good = {**rows.tensors(), "grad": grad, **HYPER, "format": "nf4", "mode": rows.mode}
+        with pytest.raises(error, match=f"{argument}.*{message}"):
+            ops.masked_adam_(**{**good, argument: value})
+        assert rows.same_as(before)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("format", FORMATS)
-def test_opcheck(format, mode):
-    rows, changed = Rows.make(4, 70, format, mode), torch.zeros((), dtype=torch.int32)
-    names = ("codes", "absmax", "exp_avg", "exp_avg_sq", "step")
-    arguments = tuple(getattr(rows, name) for name in names)
-    options = {**HYPER, "master": rows.master, "changed": changed}
+@pytest.mark.parametrize("format", ["nf4", "fp8"])
+def test_opcheck(format, mode, moments):
+    rows, changed = Rows.make(4, 70, format, mode, moments=moments), torch.zeros((), dtype=torch.int32)
+    options = {**HYPER, **rows.tensors(), "changed": changed}
     options.update(active=torch.tensor([True, False, True, True]), grad_scale=torch.ones(()), seed=1)
+    arguments = tuple(options.pop(name) for name in ("codes", "absmax", "exp_avg", "exp_avg_sq", "step"))
     opcheck(torch.ops.usaf.masked_adam_.default, (*arguments, torch.randn(4, 70), format, mode), options)

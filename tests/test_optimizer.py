@@ -279,6 +279,8 @@ def test_stepping_layers_one_by_one_gives_the_bits_of_a_step(tiny_checkpoint, mo
     share_gradients(paged_layers(released))
     buffers = {layer.bank.grad.untyped_storage().data_ptr() for layer in paged_layers(released)}
     assert len(buffers) == 1
+    gradients = [layer.bank.grad.nbytes for layer in paged_layers(released)]
+    assert one.bank_bytes()["device"] - many.bank_bytes()["device"] == sum(gradients) - max(gradients)
     for seed in range(2):
         backward(together, tokens(2, seed=seed))
         gradients = [(layer.bank.grad.clone(), layer.bank.expert_hit.clone()) for layer in paged_layers(together)]
@@ -368,6 +370,8 @@ def test_bad_arguments(tiny_checkpoint):
         with pytest.raises(ValueError, match=message):
             MaskedAdam(model, **arguments)
     assert MaskedAdam(paged_layers(model)).num_parameters > 0
+    with pytest.raises(ValueError, match=r"betas: mode 'eco'"):
+        MaskedAdam(banked_model(tiny_checkpoint, mode="eco"), betas=(0.0, 0.9))
 
 
 def test_state_of_another_selection_is_refused(tiny_checkpoint):

@@ -407,17 +407,26 @@ def test_a_run_without_a_loss_is_recorded_and_a_defect_is_not(short, monkeypatch
         short("nf4_master", {"learning_rate": 0.02})
 
 
-def test_workers_end_with_a_killed_parent(tmp_path):
+@pytest.mark.parametrize(("ending", "status"), [("9", -9), ("2", 130)])
+def test_a_killed_or_interrupted_study_leaves_no_process(tmp_path, ending, status):
     driver = tmp_path / "driver.py"
     driver.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(STUDY)!r})\nimport core\n"
-        "if __name__ == '__main__':\n"
-        "    pool = core._pool(1)\n"
+        f"import os, sys, time\nsys.path.insert(0, {str(STUDY)!r})\nimport core\n"
+        "def work(pool):\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    pool.submit(__import__('time').sleep, 600)\n"
-        "    os.kill(os.getpid(), 9)\n"
+        "    pool.submit(time.sleep, 600)\n"
+        f"    os.kill(os.getpid(), {ending})\n"
+        "    pool.submit(time.sleep, 0).result()\n"
+        "if __name__ == '__main__':\n"
+        "    core.with_pool(1, work)\n"
     )
     # The worker inherits stdout: run() returns only when it has ended too.
     done = subprocess.run([sys.executable, driver], stdout=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == -9
+    assert done.returncode == status
     assert int(done.stdout) > 0
+
+
+def test_the_studys_loop_refuses_what_it_does_not_do():
+    config = runs.TrainConfig(**{**SHORT, "activation_threshold": 0.1})
+    with pytest.raises(ValueError, match="activation_threshold: the study's own loop"):
+        runs._prepare(torch.nn.Linear(2, 2), config)

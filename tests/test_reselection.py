@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import all_tensors
-from trained_models import bank_state, banked_model, dense_twin, neuron_gradients, paged_model, same_bits, tokens
+from trained_models import (
+    bank_state,
+    banked_model,
+    dense_twin,
+    every_nth,
+    neuron_gradients,
+    paged_model,
+    same_bits,
+    tokens,
+)
 from usaf_ext import expert_store, paged_layers
 from usaf_ext.bank import share_gradients
 from usaf_ext.delta import apply_delta, delta_of, read_delta, write_delta
@@ -225,6 +234,9 @@ def test_delta_and_export_give_the_model_that_was_evaluated(tiny_checkpoint, tmp
     assert same_bits(learnt_rows(other), learnt_rows(model))
     assert same_bits(bank_state(other), bank_state(model))
     apply_delta(other, delta_of(banked_model(tiny_checkpoint)))
+    assert all(layer.frozen_bank is None for layer in paged_layers(other))
+    apply_delta(other, read_delta(tmp_path / "d"))
+    attach(other, every_nth(other), originals=other.usaf_originals)
     assert all(layer.frozen_bank is None for layer in paged_layers(other))
 
     source, store = model.usaf_originals, expert_store(model)

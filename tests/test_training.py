@@ -245,7 +245,7 @@ def test_killed_while_saving_leaves_the_old_checkpoint(tiny_checkpoint, tmp_path
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "newer"])
 def test_damaged_checkpoints(tiny_checkpoint, tmp_path, caplog, file, damage):
     run = RunFolder.create(tmp_path / "run", config={}, base=None, fingerprint="f")
-    delta = run_folder_module.Delta("f", "nf4", "master", {}, {}, {"model.layers.0.mlp.gate": torch.randn(4, 8)})
+    delta = run_folder_module.Delta("f", "nf4", "master", {}, {"model.layers.0.mlp.gate": torch.randn(4, 8)})
     entry = {0: {"step": torch.tensor(3), "exp_avg": torch.randn(4)}}
     optimizer = {"state": entry, "param_groups": [{"params": [0], "betas": (0.9, 0.999), "lr": 0.1}]}
     checkpoint = run_folder_module.Checkpoint(1, delta, optimizer, {"order": [1]}, {}, run_folder_module.rng_states())

@@ -9,6 +9,7 @@ import torch
 from test_training import BASE, DATA, StopAfter, final_state, log
 from trained_models import bank_state, banked_model, paged_model, same_bits, tokens
 from usaf_ext import MaskedAdam, TrainConfig, UsafError, paged_layers, train
+from usaf_ext.layer_major import MicroBatchThreads
 from usaf_ext.loss import causal_lm_loss
 from usaf_ext.router import train_routers
 from usaf_ext.step import run_micro_batches
@@ -194,9 +195,9 @@ class Coefficients:
 def one_step(model, update):
     layers = paged_layers(model)
     batches = [tokens(2, seed=seed) for seed in (1, 2)]
-    run_micro_batches(
-        model, batches, layers, {}, 0.0, (), order="layer", scale=update.scale, after_backward=update.after_backward
-    )
+    with MicroBatchThreads() as threads:
+        hooks = {"scale": update.scale, "after_backward": update.after_backward}
+        run_micro_batches(model, batches, layers, {}, 0.0, (), threads=threads, **hooks)
     return update.step()
 
 

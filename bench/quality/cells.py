@@ -88,7 +88,18 @@ class Question:
     note: str = ""
 
 
-_NEURONS = {"density": 0.02, "mode": "master", "master_dtype": "bfloat16", "router": "frozen"}
+# The baseline, in full: a changed default of the library changes no cell.
+_NEURONS = {
+    "density": 0.02,
+    "selection_scope": "model",
+    "selection_metric": "gradient",
+    "selection_sampling": "top",
+    "mode": "master",
+    "master_dtype": "bfloat16",
+    "grad_dtype": "float32",
+    "moments": "fp32",
+    "router": "frozen",
+}
 
 
 def _mode(format: str, mode: str, start: float, rounding: str | None = None, **config: Any) -> Cell:
@@ -119,7 +130,7 @@ CELLS: tuple[Cell, ...] = (
             _mode(format, "residual", 0.02),
             _mode(format, "eco", 0.02, "nearest"),
             _mode(format, "eco", 0.02, "stochastic"),
-            _mode(format, "in_place", 0.02, "nearest"),
+            _mode(format, "in_place", 0.08 if format == "nf4" else 0.02, "nearest"),
             _mode(format, "in_place", 0.02, "stochastic"),
         )
     ),
@@ -134,6 +145,8 @@ CELLS: tuple[Cell, ...] = (
     _selection("threshold_0.1", "experts under 0.1 of the mean load get no gradient", 0.02, activation_threshold=0.1),
     _mode("nf4", "master", 0.02, moments="8bit"),
     _mode("nf4", "eco", 0.02, "stochastic", moments="8bit"),
+    _mode("nf4", "master", 0.02, grad_dtype="bfloat16"),
+    _mode("nf4", "eco", 0.02, "stochastic", moments="8bit", grad_dtype="bfloat16"),
     *(
         Cell(
             f"router_{router}",
@@ -205,8 +218,15 @@ QUESTIONS: tuple[Question, ...] = (
         "Activation threshold", (BASE, "threshold_0.1"), "Off in every other cell; by the counts of the step before."
     ),
     Question(
-        "Moments: fp32 or 8 bit",
-        (BASE, "nf4_master_8bit", "nf4_eco_stochastic", "nf4_eco_stochastic_8bit"),
+        "Moments: fp32 or 8 bit; gradients: fp32 or bf16",
+        (
+            BASE,
+            "nf4_master_8bit",
+            "nf4_master_bfloat16",
+            "nf4_eco_stochastic",
+            "nf4_eco_stochastic_8bit",
+            "nf4_eco_stochastic_8bit_bfloat16",
+        ),
     ),
     Question(
         "Router: frozen, topk, gumbel",

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +65,18 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they load torch
     os.environ["OMP_WAIT_POLICY"] = "passive"
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker)
+
+
+def with_pool(jobs: int, work: Callable[[ProcessPoolExecutor], None]) -> None:
+    """Give `work` a pool of workers. An interrupt ends the process at once, whatever the workers do."""
+    with _pool(jobs) as pool:
+        try:
+            work(pool)
+        except KeyboardInterrupt:
+            # Waiting for workers that were interrupted too can take for ever; they end with this process, and every
+            # finished run is on disk.
+            print("interrupted; call again to go on", file=sys.stderr, flush=True)
+            os._exit(130)
 
 
 class Recorder:
@@ -131,16 +144,19 @@ def main() -> int:
         return 0
     cells: list[Cell] = list(CELLS) if arguments.only is None else with_inherited(arguments.only)
     started = time.perf_counter()
-    try:
-        with _pool(arguments.jobs) as pool:
-            runner = Recorder(arguments.jobs)
-            if arguments.command == "check":
-                check_cells(cells, {**BUDGET, "steps": arguments.steps}, runner, pool, _report)
-            else:
-                from material import fingerprints
 
-                with Results(arguments.results, fingerprints(BUDGET["seq_len"])) as results:
-                    run_study(cells, BUDGET, results, runner, pool, arguments.jobs, _report)
+    def work(pool: ProcessPoolExecutor) -> None:
+        runner = Recorder(arguments.jobs)
+        if arguments.command == "check":
+            check_cells(cells, {**BUDGET, "steps": arguments.steps}, runner, pool, _report)
+            return
+        from material import fingerprints
+
+        with Results(arguments.results, fingerprints(BUDGET["seq_len"])) as results:
+            run_study(cells, BUDGET, results, runner, pool, arguments.jobs, _report)
+
+    try:
+        with_pool(arguments.jobs, work)
     except CellsFailed as error:
         for name, reason in error.failures.items():
             print(f"FAILED {name}: {reason}", file=sys.stderr)

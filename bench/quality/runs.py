@@ -37,6 +37,15 @@ _OUTCOMES = {
     "changed no trained weight": "stalled",
 }
 
+# What the loop below does not do.
+_HANDLED = {
+    "router": "frozen",
+    "activation_threshold": 0.0,
+    "gradient_accumulation_steps": 1,
+    "reselect_every": 0,
+    "placement": "device",
+}
+
 
 @dataclass
 class Trained:
@@ -141,6 +150,9 @@ def fit(
 
 
 def _prepare(model: nn.Module, config: TrainConfig) -> None:
+    for name, handled in _HANDLED.items():
+        if getattr(config, name) != handled:
+            raise ValueError(f"{name}: the study's own loop handles {handled!r} only, got {getattr(config, name)!r}")
     torch.manual_seed(config.seed)
     model.requires_grad_(False)
     model.train()
@@ -153,12 +165,25 @@ def _enable_anchors(model: nn.Module) -> None:
 
 def _attach_neurons(model: nn.Module, config: TrainConfig, data: Texts) -> MaskedAdam:
     _enable_anchors(model)
-    importance = compute_importance(model, _importance_batches(config, data))
-    selection = select_neurons(importance, config.density, config.selection_scope)
+    importance = compute_importance(model, _importance_batches(config, data), config.selection_metric)
+    selection = select_neurons(
+        importance, config.density, config.selection_scope, config.selection_sampling, config.seed
+    )
     attach(
-        model, selection, originals=source(), mode=config.mode, master_dtype=MASTER_DTYPES[config.master_dtype]
-    )  # fmt: skip
-    return MaskedAdam(model, lr=config.learning_rate, weight_decay=config.weight_decay, seed=config.seed)
+        model,
+        selection,
+        originals=source(),
+        mode=config.mode,
+        master_dtype=MASTER_DTYPES[config.master_dtype],
+        **config.bank_options(),
+    )
+    return _masked_adam(model, config)
+
+
+def _masked_adam(model: nn.Module, config: TrainConfig) -> MaskedAdam:
+    return MaskedAdam(
+        model, lr=config.learning_rate, weight_decay=config.weight_decay, moments=config.moments, seed=config.seed
+    )
 
 
 def _adamw(parameters: Sequence[nn.Parameter], lr: float, name: str, config: TrainConfig) -> torch.optim.Optimizer:
@@ -209,7 +234,7 @@ def _block(settings: dict[str, Any], config: TrainConfig, rates: dict[str, float
         mode=config.mode,
         master_dtype=MASTER_DTYPES[config.master_dtype],
     )
-    optimizer = MaskedAdam(model, lr=config.learning_rate, weight_decay=config.weight_decay, seed=config.seed)
+    optimizer = _masked_adam(model, config)
     seconds = fit(model, data.train, config, [optimizer], unit.mask_gradients)
     unit.check_untrained(optimizer)
     state = empty_state()

@@ -13,6 +13,7 @@
 #ifdef USAF_HAS_ISA_LEVELS
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own header: the undefined source of a full mask
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 namespace usaf::cpu {
 
@@ -135,17 +136,18 @@ USAF_AVX512_INLINE void fill_random32(uint64_t seed, int32_t step, uint64_t grou
 }
 
 // Random numbers of elements first .. first + 63.
-USAF_AVX512_INLINE void fill_random64(uint64_t seed, int32_t step, int64_t first, __m512i (&random)[kVectors]) {
+USAF_AVX512 inline void fill_random_avx512(uint64_t seed, int32_t step, int64_t first, uint32_t* random) {
   const auto group = static_cast<uint64_t>(first / kRandomsPerGroup);
   const int64_t skip = first % kRandomsPerGroup;
   alignas(64) uint32_t numbers[kBlockSize + kRandomsPerGroup];
-  fill_random32(seed, step, group, numbers);
-  fill_random32(seed, step, group + 8, numbers + 32);
+  uint32_t* out = skip == 0 ? random : numbers;
+  fill_random32(seed, step, group, out);
+  fill_random32(seed, step, group + 8, out + 32);
   if (skip != 0) {
     const Random4 last = random_group(seed, step, group + 16);
     std::memcpy(numbers + kBlockSize, last.value, sizeof last.value);
+    std::memcpy(random, numbers + skip, kBlockSize * sizeof *random);
   }
-  for (int i = 0; i < kVectors; ++i) random[i] = _mm512_loadu_si512(numbers + skip + 16 * i);
 }
 
 // Steps the 64 weights of a block. Gathers the bits of codes, absmax, master and residual that change in `difference`.
@@ -181,8 +183,8 @@ USAF_AVX512_INLINE void run_nf4_block(const AdamStep& step, const AdamBlock& blo
   if constexpr (kMode == AdamMode::in_place || kMode == AdamMode::eco) stochastic = step.args.stochastic;
   __m256i codes;
   if (stochastic) {
-    __m512i random[kVectors];
-    fill_random64(step.args.seed, step.step, block.first_element, random);
+    alignas(64) uint32_t random[kBlockSize];
+    fill_random_avx512(step.args.seed, step.step, block.first_element, random);
     scale = encode_nf4_block_stochastic<kFormat>(weight, random, codes);
   } else {
     scale = encode_nf4_block<kFormat>(weight, codes);

@@ -68,29 +68,41 @@ USAF_ALWAYS_INLINE void decode_block_generic(const uint8_t* codes, typename Bloc
 
 template <Format kFormat, class T>
 USAF_ALWAYS_INLINE void encode_row_generic(const T* weight, int64_t cols, uint8_t* codes, void* absmax) {
-  auto* scales = static_cast<typename BlockCodec<kFormat>::Scale*>(absmax);
-  for (int64_t start = 0; start < cols; start += kBlockSize) {
-    scales[start / kBlockSize] = encode_block_generic<kFormat>(weight + start, std::min(kBlockSize, cols - start),
-                                                               nullptr, codes + used_bytes(kFormat, start));
+  if constexpr (kFormat == Format::bf16) {
+    convert(weight, cols, reinterpret_cast<Bf16*>(codes));
+  } else {
+    auto* scales = static_cast<typename BlockCodec<kFormat>::Scale*>(absmax);
+    for (int64_t start = 0; start < cols; start += kBlockSize) {
+      scales[start / kBlockSize] = encode_block_generic<kFormat>(weight + start, std::min(kBlockSize, cols - start),
+                                                                 nullptr, codes + used_bytes(kFormat, start));
+    }
   }
 }
 
 template <Format kFormat, class T>
 USAF_ALWAYS_INLINE void decode_row_generic(const uint8_t* codes, const void* absmax, int64_t cols, T* out) {
-  const auto* scales = static_cast<const typename BlockCodec<kFormat>::Scale*>(absmax);
-  for (int64_t start = 0; start < cols; start += kBlockSize) {
-    decode_block_generic<kFormat>(codes + used_bytes(kFormat, start), scales[start / kBlockSize],
-                                  std::min(kBlockSize, cols - start), out + start);
+  if constexpr (kFormat == Format::bf16) {
+    convert(reinterpret_cast<const Bf16*>(codes), cols, out);
+  } else {
+    const auto* scales = static_cast<const typename BlockCodec<kFormat>::Scale*>(absmax);
+    for (int64_t start = 0; start < cols; start += kBlockSize) {
+      decode_block_generic<kFormat>(codes + used_bytes(kFormat, start), scales[start / kBlockSize],
+                                    std::min(kBlockSize, cols - start), out + start);
+    }
   }
 }
 
-template <class T>
-USAF_ALWAYS_INLINE void encode_bf16_generic(const T* weight, int64_t cols, uint8_t* codes) {
-  convert(weight, cols, reinterpret_cast<Bf16*>(codes));
-}
-template <class T>
-USAF_ALWAYS_INLINE void decode_bf16_generic(const uint8_t* codes, int64_t cols, T* out) {
-  convert(reinterpret_cast<const Bf16*>(codes), cols, out);
+// One block of float weights.
+template <Format kFormat>
+USAF_ALWAYS_INLINE void encode_stochastic_generic(const float* weight, int64_t count, const uint32_t* random,
+                                                  uint8_t* codes, void* absmax) {
+  if constexpr (kFormat == Format::bf16) {
+    auto* out = reinterpret_cast<Bf16*>(codes);
+    for (int64_t i = 0; i < count; ++i) out[i] = to_bf16_stochastic(weight[i], random[i]);
+  } else {
+    *static_cast<typename BlockCodec<kFormat>::Scale*>(absmax) =
+        encode_block_generic<kFormat>(weight, count, random, codes);
+  }
 }
 
 }  // namespace usaf::cpu

@@ -14,6 +14,19 @@ namespace usaf::cpu {
 template <class T>
 void decode_row(Format format, const uint8_t* codes, const void* absmax, int64_t cols, T* out);
 
+// Where the first of several encoded rows (or pieces of rows that start at a whole block) stands, and how far apart
+// they are, in bytes. While a row is decoded, the one `prefetch` rows further is asked for.
+struct EncodedRows {
+  const uint8_t* codes;
+  const uint8_t* absmax;
+  int64_t code_stride, scale_stride;
+  int64_t prefetch;
+};
+
+// decode_row for `num_rows` rows of `cols` weights; out_stride in elements.
+void decode_rows_of(Format format, const EncodedRows& rows, int64_t num_rows, int64_t cols, Bf16* out,
+                    int64_t out_stride);
+
 // Writes every byte of the row, padding included.
 template <class T>
 void encode_row(Format format, const T* weight, int64_t cols, uint8_t* codes, void* absmax);

@@ -9,6 +9,7 @@
 #ifdef USAF_HAS_ISA_LEVELS
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own header: the undefined source of a full mask
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
 namespace usaf::cpu {
@@ -118,7 +119,7 @@ USAF_AVX512_INLINE typename BlockCodec<kFormat>::Scale encode_nf4_block(const __
 // nf4_encode_stochastic with one random number a weight.
 template <Format kFormat>
 USAF_AVX512_INLINE typename BlockCodec<kFormat>::Scale encode_nf4_block_stochastic(const __m512 (&weight)[4],
-                                                                                   const __m512i (&random)[4],
+                                                                                   const uint32_t* random,
                                                                                    __m256i& codes) {
   const auto scale = BlockCodec<kFormat>::make_scale(block_absmax(weight));
   const __m512 inverse = _mm512_set1_ps(inverse_step(BlockCodec<kFormat>::step(scale)));
@@ -136,7 +137,7 @@ USAF_AVX512_INLINE typename BlockCodec<kFormat>::Scale encode_nf4_block_stochast
     const __m512i floor = _mm512_max_epi32(_mm512_mask_add_epi32(passed, reached, passed, one), _mm512_setzero_si512());
     const __m512 low = _mm512_permutexvar_ps(floor, values);
     const __m512 high = _mm512_permutexvar_ps(_mm512_min_epi32(_mm512_add_epi32(floor, one), last), values);
-    const __m512 uniform = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(random[i], 8)),
+    const __m512 uniform = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_loadu_si512(random + 16 * i), 8)),
                                          _mm512_set1_ps(1.0f / 16777216.0f));  // to_uniform
     const __mmask16 up =
         _mm512_cmp_ps_mask(_mm512_sub_ps(x, low), _mm512_mul_ps(uniform, _mm512_sub_ps(high, low)), _CMP_GT_OQ);

@@ -9,12 +9,13 @@
 #include "../kernel_api.h"
 #include "parallel.h"
 #include "simd.h"
+#include "stream.h"
 #include "typed.h"
 
 namespace usaf::cpu {
 namespace {
 
-constexpr int64_t kTile = 256;  // columns accumulated at a time: 1 KB of fp32 stays in the first-level cache
+constexpr int64_t kTile = 256;  // columns of scatter_add that a thread owns
 
 USAF_CLONES void add_scaled(const float* row, float weight, int64_t count, float* sum) {
   for (int64_t i = 0; i < count; ++i) sum[i] += weight * row[i];
@@ -36,15 +37,49 @@ USAF_CLONES void scale(const F16* row, float weight, int64_t count, F16* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = to_f16(weight * to_float(row[i]));
 }
 
-USAF_CLONES void round_row(const float* sum, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = sum[i];
+// Rows that are summed with weights, and the rows of the next sum, which are asked for meanwhile.
+struct WeightedRows {
+  const void* const* rows;
+  const float* weights;
+  int64_t num_rows;
+  const void* const* next;
+  int64_t num_next;
+};
+
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// out = sum over the rows, ascending, of weight * row. The sums of a cache line's columns stay in registers.
+template <class T>
+USAF_ALWAYS_INLINE void sum_rows(const WeightedRows& from, int64_t count, T* out) {
+  constexpr int64_t kWidth = kLine / static_cast<int64_t>(sizeof(T));
+  int64_t column = 0;
+  for (; column + kWidth <= count; column += kWidth) {
+    Lanes sum[kWidth / kLanes] = {};
+    for (int64_t k = 0; k < from.num_rows; ++k) {
+      const T* row = static_cast<const T*>(from.rows[k]) + column;
+      for (int64_t i = 0; i < kWidth / kLanes; ++i) {
+        Lanes value;
+        load_lanes(row + i * kLanes, value);
+        sum[i] += from.weights[k] * value;
+      }
+    }
+    for (int64_t k = 0; k < from.num_next; ++k) {
+      __builtin_prefetch(static_cast<const T*>(from.next[k]) + column, 0, 3);
+    }
+    for (int64_t i = 0; i < kWidth / kLanes; ++i) store_lanes(sum[i], out + column + i * kLanes);
+  }
+  for (; column < count; ++column) {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < from.num_rows; ++k) {
+      sum += from.weights[k] * to_float(static_cast<const T*>(from.rows[k])[column]);
+    }
+    out[column] = from_float<T>(sum);
+  }
 }
-USAF_CLONES void round_row(const float* sum, int64_t count, Bf16* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(sum[i]);
-}
-USAF_CLONES void round_row(const float* sum, int64_t count, F16* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = to_f16(sum[i]);
-}
+
+USAF_CLONES void combine_row(const WeightedRows& from, int64_t count, float* out) { sum_rows(from, count, out); }
+USAF_CLONES void combine_row(const WeightedRows& from, int64_t count, Bf16* out) { sum_rows(from, count, out); }
+USAF_CLONES void combine_row(const WeightedRows& from, int64_t count, F16* out) { sum_rows(from, count, out); }
 
 USAF_CLONES float dot_rows(const float* a, const float* b, int64_t count) { return dot(a, b, count); }
 USAF_CLONES float dot_rows(const Bf16* a, const Bf16* b, int64_t count) { return dot(a, b, count); }
@@ -90,20 +125,55 @@ void gather_rows(const GatherRowsArgs& args, void*) {
   });
 }
 
+void permute_rows(const PermuteRowsArgs& args, void*) {
+  const int64_t row_bytes = args.hidden_size * element_size(args.dtype);
+  const bool stream = may_stream(args.out, args.num_rows, row_bytes, row_bytes, 1);
+  const char* x = static_cast<const char*>(args.x);
+  char* out = static_cast<char*>(args.out);
+  std::vector<uint8_t> owned(static_cast<size_t>(args.num_rows), 0);
+  parallel_for_runs(args.num_tokens, args.hidden_size * args.top_k, [&](int64_t first, int64_t last) {
+    for (int64_t pair = first * args.top_k; pair < last * args.top_k; ++pair) {
+      if (args.inverse[pair] < 0) continue;
+      owned[static_cast<size_t>(args.inverse[pair])] = 1;
+      const char* from = x + pair / args.top_k * row_bytes;
+      char* to = out + args.inverse[pair] * row_bytes;
+      if (stream) {
+        stream_copy(from, row_bytes, to);
+      } else {
+        std::memcpy(to, from, static_cast<size_t>(row_bytes));
+      }
+    }
+    if (stream) stream_fence();
+  });
+  parallel_for(args.num_rows, args.hidden_size, [&](int64_t p) {
+    if (!owned[static_cast<size_t>(p)]) std::memset(out + p * row_bytes, 0, static_cast<size_t>(row_bytes));
+  });
+}
+
 void combine_rows(const CombineRowsArgs& args, void*) {
   with_type(args.dtype, [&]<class T>(T) {
     const T* permuted = static_cast<const T*>(args.permuted);
     T* out = static_cast<T*>(args.out);
-    parallel_for(args.num_tokens, args.hidden_size * (args.top_k + 1), [&](int64_t t) {
-      for (int64_t column = 0; column < args.hidden_size; column += kTile) {
-        const int64_t count = std::min(kTile, args.hidden_size - column);
-        float sum[kTile] = {};
-        for (int64_t pair = t * args.top_k; pair < (t + 1) * args.top_k; ++pair) {
+    parallel_for_runs(args.num_tokens, args.hidden_size * (args.top_k + 1), [&](int64_t first, int64_t last) {
+      std::vector<const void*> rows, next;
+      std::vector<float> weights, next_weights;
+      const auto list = [&](int64_t t) {  // the rows of token t, into next
+        next.clear();
+        next_weights.clear();
+        for (int64_t pair = t * args.top_k; t < last && pair < (t + 1) * args.top_k; ++pair) {
           if (args.inverse[pair] < 0) continue;
-          const float weight = args.weights ? load(args.weights, args.weights_dtype, pair) : 1.0f;
-          add_scaled(permuted + args.inverse[pair] * args.hidden_size + column, weight, count, sum);
+          next.push_back(permuted + args.inverse[pair] * args.hidden_size);
+          next_weights.push_back(args.weights ? load(args.weights, args.weights_dtype, pair) : 1.0f);
         }
-        round_row(sum, count, out + t * args.hidden_size + column);
+      };
+      list(first);
+      for (int64_t t = first; t < last; ++t) {
+        rows.swap(next);
+        weights.swap(next_weights);
+        list(t + 1);
+        combine_row({rows.data(), weights.data(), static_cast<int64_t>(rows.size()), next.data(),
+                     static_cast<int64_t>(next.size())},
+                    args.hidden_size, out + t * args.hidden_size);
       }
     });
   });

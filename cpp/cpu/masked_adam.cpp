@@ -45,15 +45,17 @@ USAF_ALWAYS_INLINE void encode(const float* weight, int64_t count, const uint32_
 
 template <Format kFormat>
 USAF_ALWAYS_INLINE void decode(const uint8_t* codes, const void* absmax, float* out) {
-  if constexpr (kFormat == Format::bf16) {
-    decode_bf16_generic(codes, kBlockSize, out);
-  } else {
-    decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
-  }
+  decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
+}
+
+using FillRandom = void (*)(uint64_t seed, int32_t step, int64_t first, uint32_t* random);
+
+void fill_random_plain(uint64_t seed, int32_t step, int64_t first, uint32_t* random) {
+  fill_random(seed, step, first, random);
 }
 
 // True if a bit of codes, absmax, master or residual changed.
-template <Format kFormat>
+template <Format kFormat, FillRandom kFillRandom>
 USAF_ALWAYS_INLINE bool run_block(const AdamStep& step, const AdamBlock& block) {
   const MaskedAdamArgs& args = step.args;
   const bool has_master = args.mode == AdamMode::master, has_residual = args.mode == AdamMode::residual;
@@ -83,11 +85,11 @@ USAF_ALWAYS_INLINE bool run_block(const AdamStep& step, const AdamBlock& block) 
     changed = args.master_dtype == DType::f32 ? store_block(weight, static_cast<float*>(block.master))
                                               : store_block(weight, static_cast<Bf16*>(block.master));
   }
-  alignas(64) uint8_t codes[2 * kBlockSize];
+  alignas(64) uint8_t codes[2 * kBlockSize] = {};
   alignas(float) uint8_t scale[sizeof(float)];
   uint32_t random[kBlockSize];
   const bool stochastic = args.stochastic && !has_master && !has_residual;
-  if (stochastic) fill_random(args.seed, step.step, block.first_element, random);
+  if (stochastic) kFillRandom(args.seed, step.step, block.first_element, random);
   encode<kFormat>(weight, block.count, stochastic ? random : nullptr, codes, scale);
   changed |= block.count == kBlockSize ? replace(block.codes, codes, used_bytes(kFormat, kBlockSize))
                                        : replace(block.codes, codes, used_bytes(kFormat, block.count));
@@ -106,27 +108,32 @@ USAF_ALWAYS_INLINE bool run_block(const AdamStep& step, const AdamBlock& block) 
   return changed;
 }
 
-// A padded copy of the first `count` elements of `data`, written back by store().
+// A padded copy of the first `count` elements of `data`, written back by store(), which is true if a bit changed.
 template <class T, int64_t kSize = kBlockSize>
 struct Padded {
-  T values[kSize] = {};
+  alignas(64) T values[kSize] = {};
   T* load(const void* data, int64_t count) {
     if (data) std::memcpy(values, data, static_cast<size_t>(count) * sizeof(T));
     return values;
   }
-  void store(void* data, int64_t count) const {
-    if (data) std::memcpy(data, values, static_cast<size_t>(count) * sizeof(T));
+  bool store(void* data, int64_t count) const {
+    const auto bytes = static_cast<size_t>(count) * sizeof(T);
+    if (!data || std::memcmp(data, values, bytes) == 0) return false;
+    std::memcpy(data, values, bytes);
+    return true;
   }
 };
 
-// A block shorter than 64.
-template <Format kFormat>
+// A block shorter than 64. The padding takes part in the step, but neither in the block's scale nor in what is stored.
+template <Format kFormat, FillRandom kFillRandom>
 USAF_ALWAYS_INLINE bool run_short_block(const AdamStep& step, const AdamBlock& block) {
   const int64_t grad_bytes = block.count * element_size(step.args.grad_dtype);
   const int64_t master_bytes = block.count * element_size(step.args.master_dtype);
   const int64_t used = used_bytes(kFormat, block.count);
+  const int64_t absmax_bytes = kFormat == Format::bf16 ? 0 : scale_bytes(kFormat);
   Padded<uint8_t, kBlockSize * sizeof(float)> grad, master;
   Padded<uint8_t, kBlockSize * sizeof(Bf16)> codes;
+  Padded<uint8_t, sizeof(float)> absmax;
   Padded<int8_t> residual;
   Padded<float> exp_avg, exp_avg_sq;
   AdamBlock padded = block;
@@ -136,36 +143,37 @@ USAF_ALWAYS_INLINE bool run_short_block(const AdamStep& step, const AdamBlock& b
   padded.exp_avg = exp_avg.load(block.exp_avg, block.count);
   padded.exp_avg_sq = exp_avg_sq.load(block.exp_avg_sq, block.count);
   padded.codes = codes.load(block.codes, used);
-  const bool changed = run_block<kFormat>(step, padded);
-  master.store(block.master, master_bytes);
-  residual.store(block.residual, block.count);
+  padded.absmax = absmax.load(block.absmax, absmax_bytes);
+  run_block<kFormat, kFillRandom>(step, padded);
   exp_avg.store(block.exp_avg, block.count);
   exp_avg_sq.store(block.exp_avg_sq, block.count);
-  codes.store(block.codes, used);
-  return changed;
+  bool changed = master.store(block.master, master_bytes);
+  changed |= residual.store(block.residual, block.count);
+  changed |= codes.store(block.codes, used);
+  return absmax.store(block.absmax, absmax_bytes) || changed;
 }
 
 // One moment of up to kMomentBlock weights in fp32: where it lies or, of 8 bits, in a buffer between load and store.
 class Moment {
  public:
-  Moment(const Dynamic8& map, void* data, float* absmax, int64_t row, int64_t cols)
-      : map_(map),
+  Moment(bool is_signed, void* data, float* absmax, int64_t row, int64_t cols)
+      : is_signed_(is_signed),
         values_(absmax ? nullptr : static_cast<float*>(data) + row * cols),
         codes_(absmax ? static_cast<uint8_t*>(data) + row * cols : nullptr),
         absmax_(absmax ? absmax + row * num_moment_blocks(cols) : nullptr) {}
 
   float* load(int64_t start, int64_t count) {
     if (values_) return values_ + start;
-    decode_moments(map_, codes_ + start, absmax_[start / kMomentBlock], count, buffer_);
+    decode_moments(is_signed_, codes_ + start, absmax_[start / kMomentBlock], count, buffer_);
     return buffer_;
   }
 
   void store(int64_t start, int64_t count) {
-    if (!values_) absmax_[start / kMomentBlock] = encode_moments(map_, buffer_, count, codes_ + start);
+    if (!values_) absmax_[start / kMomentBlock] = encode_moments(is_signed_, buffer_, count, codes_ + start);
   }
 
  private:
-  const Dynamic8& map_;
+  bool is_signed_;
   float* values_;
   uint8_t* codes_;
   float* absmax_;
@@ -185,8 +193,8 @@ class RowBlocks {
   RowBlocks(const MaskedAdamArgs& args, int64_t row)
       : args_(args),
         row_(row),
-        exp_avg_(kDynamic8Signed, args.exp_avg, args.exp_avg_absmax, row, args.cols),
-        exp_avg_sq_(kDynamic8Unsigned, args.exp_avg_sq, args.exp_avg_sq_absmax, row, args.cols) {}
+        exp_avg_(true, args.exp_avg, args.exp_avg_absmax, row, args.cols),
+        exp_avg_sq_(false, args.exp_avg_sq, args.exp_avg_sq_absmax, row, args.cols) {}
 
   void load(int64_t chunk) {
     chunk_ = chunk;
@@ -223,7 +231,7 @@ class RowBlocks {
 };
 
 // True if a bit of codes, absmax, master or residual changed.
-template <Format kFormat>
+template <Format kFormat, FillRandom kFillRandom>
 USAF_ALWAYS_INLINE bool run_row(const AdamStep& step, int64_t row) {
   RowBlocks<kFormat> blocks(step.args, row);
   bool changed = false;
@@ -231,7 +239,8 @@ USAF_ALWAYS_INLINE bool run_row(const AdamStep& step, int64_t row) {
     blocks.load(chunk);
     for (int64_t i = 0; i < blocks.size(); i += kBlockSize) {
       const AdamBlock block = blocks.at(i);
-      changed |= block.count == kBlockSize ? run_block<kFormat>(step, block) : run_short_block<kFormat>(step, block);
+      changed |= block.count == kBlockSize ? run_block<kFormat, kFillRandom>(step, block)
+                                           : run_short_block<kFormat, kFillRandom>(step, block);
     }
     blocks.store();
   }
@@ -240,7 +249,7 @@ USAF_ALWAYS_INLINE bool run_row(const AdamStep& step, int64_t row) {
 
 template <Format kFormat>
 bool run_row_plain(const AdamStep& step, int64_t row) {
-  return run_row<kFormat>(step, row);
+  return run_row<kFormat, fill_random_plain>(step, row);
 }
 
 using RunRow = bool (*)(const AdamStep&, int64_t);
@@ -248,12 +257,12 @@ using RunRow = bool (*)(const AdamStep&, int64_t);
 #ifdef USAF_HAS_ISA_LEVELS
 template <Format kFormat>
 USAF_AVX2 bool run_row_avx2(const AdamStep& step, int64_t row) {
-  return run_row<kFormat>(step, row);
+  return run_row<kFormat, fill_random_plain>(step, row);
 }
 
 template <Format kFormat>
 USAF_AVX512 bool run_row_avx512(const AdamStep& step, int64_t row) {
-  return run_row<kFormat>(step, row);
+  return run_row<kFormat, fill_random_avx512>(step, row);
 }
 
 template <Format kFormat, AdamMode kMode, class Master, class Grad>
@@ -268,7 +277,7 @@ USAF_AVX512 bool run_nf4_row(const AdamStep& step, int64_t row) {
       if (block.count == kBlockSize) {
         run_nf4_block<kFormat, kMode, Master, Grad>(step, block, difference);
       } else {
-        changed |= run_short_block<kFormat>(step, block);
+        changed |= run_short_block<kFormat, fill_random_avx512>(step, block);
       }
     }
     blocks.store();

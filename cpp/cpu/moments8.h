@@ -6,9 +6,9 @@
 
 namespace usaf::cpu {
 
-// `count` <= kMomentBlock.
-void decode_moments(const Dynamic8& map, const uint8_t* codes, float absmax, int64_t count, float* out);
+// count <= kMomentBlock. is_signed: exp_avg's map, else exp_avg_sq's.
+void decode_moments(bool is_signed, const uint8_t* codes, float absmax, int64_t count, float* out);
 // Returns the absmax.
-float encode_moments(const Dynamic8& map, const float* moments, int64_t count, uint8_t* codes);
+float encode_moments(bool is_signed, const float* moments, int64_t count, uint8_t* codes);
 
 }  // namespace usaf::cpu

@@ -32,6 +32,15 @@ USAF_ALWAYS_INLINE void load_lanes(const F16* values, Lanes& lanes) {
   std::memcpy(&lanes, wide, sizeof lanes);
 }
 
+USAF_ALWAYS_INLINE void store_lanes(const Lanes& lanes, float* values) { std::memcpy(values, &lanes, sizeof lanes); }
+
+template <class T>
+USAF_ALWAYS_INLINE void store_lanes(const Lanes& lanes, T* values) {
+  float wide[kLanes];
+  std::memcpy(wide, &lanes, sizeof lanes);
+  for (int64_t i = 0; i < kLanes; ++i) values[i] = from_float<T>(wide[i]);
+}
+
 // The lanes' sum as a tree: lane i with i + 8, then i + 4, i + 2, i + 1.
 USAF_ALWAYS_INLINE float sum_lanes(const Lanes& lanes) {
   float value[kLanes];

@@ -16,8 +16,10 @@
 // rounding M has to be m - k e / (a beta1), while before it it is m - k E / a, with E the error of the step before,
 // which nobody kept. Errors change slowly (a weight rests on its code for many steps), so E is taken to be e:
 //   M = M + (k / a) (1 - 1 / beta1) e
-// A learning rate of 0, or one too small for k (1 - 1 / beta1) / lr to be an fp32 number, carries nothing; beta1 = 0
-// has no memory to carry anything in and is refused.
+// (k, the decay, is our addition.) What the approximation drops is the step itself: rounding to nearest, a weight moves
+// by (1 - beta1) of Adam's step while its code rests; stochastic rounding, whose errors have no drift, is the better
+// half. A learning rate of 0, or one too small for k (1 - 1 / beta1) / lr to be an fp32 number, carries nothing; beta1
+// = 0 has no memory to carry anything in and is refused.
 #pragma once
 #include <cfloat>
 #include <cmath>

@@ -13,7 +13,7 @@
 #pragma once
 #include <cstdint>
 
-#include "bfloat16.h"
+#include "block_scale.h"
 #include "host_device.h"
 
 namespace usaf {
@@ -61,9 +61,7 @@ inline constexpr Dynamic8 kDynamic8Unsigned = detail::make_dynamic8(false);  // 
 static_assert(kDynamic8Signed.value[127] == 0.0f && kDynamic8Signed.value[255] == 1.0f);
 static_assert(kDynamic8Unsigned.value[0] == 0.0f && kDynamic8Unsigned.value[255] == 1.0f);
 
-USAF_HD float dynamic8_inverse_scale(float absmax) { return 1.0f / (absmax > 1e-38f ? absmax : 1e-38f); }
-
-// `normalized` = x * dynamic8_inverse_scale(absmax). A bisection over the bounds.
+// `normalized` = x * inverse_step(absmax). A bisection over the bounds.
 USAF_HD uint32_t dynamic8_encode(const Dynamic8& map, float normalized) {
   uint32_t code = 0;
   for (uint32_t bit = 128; bit != 0; bit >>= 1) code += normalized > map.bound[code + bit - 1] ? bit : 0u;

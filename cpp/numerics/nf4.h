@@ -57,6 +57,39 @@ USAF_HD uint32_t nf4_encode(float normalized) {
   return (x > t3 ? 8u : 0u) + (x > t2 ? 4u : 0u) + (x > t1 ? 2u : 0u) + (x > t0 ? 1u : 0u);
 }
 
+// nf4_encode as a table lookup, for machines with a fast one: of the 33 bins around the multiples of 1/16, none holds
+// more than one bound, so a weight's bin leaves one compare. min(x, kNf4LookupMax) + kNf4LookupShift rounds to a
+// multiple of 1/16 whose low 5 bits are the bin; the minimum changes no code and keeps 1 out of the bin of -1.
+struct Nf4Lookup {
+  uint32_t base[32];  // the code below the bin's bound
+  float bound[32];    // infinite where the bin has none
+};
+
+inline constexpr float kNf4LookupMax = 0.9375f;
+inline constexpr float kNf4LookupShift = 786432.0f;  // 1.5 * 2^19: its last bit is worth 1/16
+
+constexpr int nf4_bin_of_bound(int i) {
+  const double sixteenths = static_cast<double>(nf4_threshold(i)) * 16.0 + 16.5;  // of -1, and half a bin
+  return static_cast<int>(sixteenths) - 16;
+}
+
+constexpr Nf4Lookup make_nf4_lookup() {
+  Nf4Lookup lookup{};
+  uint32_t code = 0;
+  for (int bin = -16; bin < 16; ++bin) {
+    lookup.base[bin & 31] = code;
+    lookup.bound[bin & 31] = __builtin_huge_valf();
+    if (code < 15 && nf4_bin_of_bound(static_cast<int>(code)) == bin) {
+      lookup.bound[bin & 31] = nf4_threshold(static_cast<int>(code));
+      ++code;
+    }
+  }
+  return lookup;
+}
+
+inline constexpr Nf4Lookup kNf4Lookup = make_nf4_lookup();
+static_assert(kNf4Lookup.base[15] == 15, "every bound has a bin of its own");
+
 // Stochastic rounding to one of the two neighbouring codes, the upper one with probability (x - low) / (high - low):
 // unbiased between them. `uniform` is in [0, 1). A bisection over the table, in the same style.
 USAF_HD uint32_t nf4_encode_stochastic(float normalized, float uniform) {

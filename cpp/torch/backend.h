@@ -14,7 +14,7 @@ struct CpuBackend {
   static constexpr auto encode_rows = cpu::encode_rows;
   static constexpr auto decode_rows = cpu::decode_rows;
   static constexpr auto sort_by_expert = cpu::sort_by_expert;
-  static constexpr auto gather_rows = cpu::gather_rows;
+  static constexpr auto permute_rows = cpu::permute_rows;
   static constexpr auto combine_rows = cpu::combine_rows;
   static constexpr auto combine_rows_backward = cpu::combine_rows_backward;
   static constexpr auto glu = cpu::glu;

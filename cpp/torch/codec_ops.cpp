@@ -20,14 +20,20 @@ namespace {
 
 using at::Tensor;
 
-// Finite, and not above what the format's scale can hold.
-void check_values(const Tensor& weight, Format format) {
-  if (weight.numel() == 0) return;
-  const float limit = format == Format::nf4_f16 ? kF16Max : std::numeric_limits<float>::max();
-  const auto [low, high] = at::aminmax(weight);  // a NaN wins both
-  if (-limit <= low.item<float>() && high.item<float>() <= limit) return;
-  const Tensor good = at::abs(weight.flatten().to(at::kFloat)).le(limit);
-  const int64_t first = good.logical_not().nonzero().select(0, 0).item<int64_t>();
+// The largest magnitude of a weight in this format.
+float weight_limit(Format format) { return format == Format::nf4_f16 ? kF16Max : std::numeric_limits<float>::max(); }
+
+bool within(const Tensor& values, float limit) {
+  if (values.numel() == 0) return true;
+  const auto [low, high] = at::aminmax(values);  // a NaN wins both
+  return -limit <= low.item<float>() && high.item<float>() <= limit;
+}
+
+// Names the first weight that is not finite or too large, if there is one.
+void refuse_values(const Tensor& weight, float limit) {
+  const Tensor bad = at::abs(weight.flatten().to(at::kFloat)).le(limit).logical_not().nonzero();
+  if (bad.size(0) == 0) return;
+  const int64_t first = bad.select(0, 0).item<int64_t>();
   const float value = weight.flatten().select(0, first).item<float>();
   TORCH_CHECK_VALUE(!std::isfinite(value), "weight: expected magnitudes up to ", limit,
                     " (the scales of nf4_f16 are fp16), got ", value, " at flat index ", first);
@@ -71,7 +77,8 @@ std::tuple<Tensor, Tensor> quantize_blocks(const Tensor& weight_in, std::string_
   TORCH_CHECK_VALUE(weight_in.dim() >= 1, "weight: expected at least 1 dimension, got a 0-dim tensor");
   const typename Backend::Guard guard(weight_in);
   const Tensor weight = weight_in.contiguous();
-  check_values(weight, format);
+  const float limit = weight_limit(format);
+  if (format == Format::bf16 && !within(weight, limit)) refuse_values(weight, limit);
   const int64_t cols = weight.size(-1);
   const at::IntArrayRef leading = weight.sizes().slice(0, weight.dim() - 1);
   Tensor codes = at::empty(with_last(leading, code_bytes(format, cols)), weight.options().dtype(at::kByte));
@@ -79,6 +86,8 @@ std::tuple<Tensor, Tensor> quantize_blocks(const Tensor& weight_in, std::string_
   Backend::encode_rows({weight.const_data_ptr(), codes.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr(), nullptr,
                         c10::multiply_integers(leading), cols, cols, format, dtype},
                        guard.stream());
+  // A block's scale is finite if its weights are, and fit: a look at the scales spares one at the weights.
+  if (!within(absmax, limit)) refuse_values(weight, limit);
   return {codes, absmax};
 }
 
@@ -121,7 +130,7 @@ void quantize_rows_(const Tensor& codes, const Tensor& absmax, const Tensor& row
   const Tensor rows = rows_in.contiguous(), weight = weight_in.contiguous();
   check_rows<Backend>(rows, codes, true);
   check_shape(weight, "weight", {rows.size(0), cols});
-  check_values(weight, format);
+  if (!within(weight, weight_limit(format))) refuse_values(weight, weight_limit(format));
   Backend::encode_rows({weight.const_data_ptr(), codes.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr(),
                         rows.const_data_ptr<int64_t>(), rows.size(0), cols, cols, format, dtype},
                        guard.stream());

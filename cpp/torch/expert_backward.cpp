@@ -9,29 +9,46 @@
 #include "expert_decoder.h"
 #include "expert_gradients.h"
 #include "expert_ops.h"
+#include "expert_panels.h"
 
 namespace usaf {
 namespace {
 
 using at::Tensor;
 
-// Room for the activations of the largest expert of a micro-batch.
-class Backward {
+// Through matrices decoded as a whole and torch's mm: any format, dtype and CPU.
+class MmBackward {
  public:
-  Backward(const ExpertLayer& layer, const MicroBatches& batches, at::TensorOptions options)
+  MmBackward(ExpertLayer& layer, const MicroBatches& batches)
       : layer_(layer),
-        x_(batches.max_tokens(), layer.layout().hidden_size, options),
-        grad_y_(batches.max_tokens(), layer.layout().hidden_size, options),
-        gate_up_(batches.max_tokens(), 2 * layer.layout().intermediate_size, options),
-        grad_gate_up_(batches.max_tokens(), 2 * layer.layout().intermediate_size, options),
-        grad_h_(batches.max_tokens(), layer.layout().intermediate_size, options),
-        weighted_h_(batches.max_tokens(), layer.layout().intermediate_size, options),
-        grad_x_(batches.max_tokens(), layer.layout().hidden_size, options),
+        batches_(batches),
+        decoder_(layer),
+        x_(buffer(layer.layout().hidden_size)),
+        grad_y_(buffer(layer.layout().hidden_size)),
+        gate_up_(buffer(2 * layer.layout().intermediate_size)),
+        grad_gate_up_(buffer(2 * layer.layout().intermediate_size)),
+        grad_h_(buffer(layer.layout().intermediate_size)),
+        weighted_h_(buffer(layer.layout().intermediate_size)),
+        grad_x_(buffer(layer.layout().hidden_size)),
         row_weight_(static_cast<size_t>(batches.max_tokens())),
         grad_row_weight_(row_weight_.size()) {}
 
-  // Adds to grad_x [num_tokens, hidden_size] and fills the expert's entries of grad_weights [num_tokens, top_k], both
-  // fp32. What it returns is valid until the next call.
+  // Adds to grad_x (fp32 [num_tokens, hidden_size]) and fills the expert's entries of grad_weights (fp32 [num_tokens,
+  // top_k]) of each micro-batch, and calls use(micro-batch, activations) for those with tokens, in ascending order.
+  template <class Use>
+  void run(const uint8_t* page, int64_t expert, const std::vector<Tensor>& grad_x,
+           const std::vector<Tensor>& grad_weights, const Use& use) {
+    const Tensor w_gate_up = decoder_.gate_up(page, expert), w_down = decoder_.down(page, expert);
+    for (size_t i = 0; i < batches_.size(); ++i) {
+      if (batches_[i].routing.tokens(expert) == 0) continue;
+      use(i, run(batches_[i], expert, w_gate_up, w_down, grad_x[i], grad_weights[i]));
+    }
+  }
+
+ private:
+  RowBuffer buffer(int64_t cols) const { return RowBuffer(batches_.max_tokens(), cols, batches_[0].x.options()); }
+
+  // What it returns is valid until the next call.
   ExpertActivations run(const MicroBatch& batch, int64_t expert, const Tensor& w_gate_up, const Tensor& w_down,
                         const Tensor& grad_x, const Tensor& grad_weights) {
     const Routing& routing = batch.routing;
@@ -59,8 +76,9 @@ class Backward {
     return {x.const_data_ptr(), grad_y.const_data_ptr(), grad_gate_up.const_data_ptr(), weighted_h.const_data_ptr(), n};
   }
 
- private:
   const ExpertLayer& layer_;
+  const MicroBatches& batches_;
+  ExpertDecoder decoder_;
   RowBuffer x_, grad_y_, gate_up_, grad_gate_up_, grad_h_, weighted_h_, grad_x_;
   std::vector<float> row_weight_, grad_row_weight_;
 };
@@ -77,25 +95,25 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> experts_backward_ma
     grad_x.push_back(at::zeros(batch.x.sizes(), f32));
     grad_weights.push_back(at::zeros(batch.weights.sizes(), f32));
   }
-  const ExpertDecoder decoder(layer);
   BankNorm norm(layer, batches.size());
-  Backward backward(layer, batches, batches[0].x.options());
-  for_each_expert(layer, batches, Phase::backward, [&](const uint8_t* page, int64_t expert) {
-    const Tensor w_gate_up = decoder.gate_up(page, expert), w_down = decoder.down(page, expert);
-    for (size_t i = 0; i < batches.size(); ++i) {
-      const Routing& routing = batches[i].routing;
-      if (routing.tokens(expert) == 0) continue;
-      const ExpertActivations activations =
-          backward.run(batches[i], expert, w_gate_up, w_down, grad_x[i], grad_weights[i]);
-      accumulate_importance(layer, expert, activations, decoder.decoded());
-      if (layer.under_threshold(expert, routing.tokens())) {
-        layer.num_masked += layer.trained_bank() != nullptr;
-        continue;
-      }
-      accumulate_row_gradients(layer, expert, activations);
-      norm.record(i, expert);
-    }
-  });
+  const auto sweep = [&](auto&& backward) {
+    for_each_expert(layer, batches, Phase::backward, [&](const uint8_t* page, int64_t expert) {
+      backward.run(page, expert, grad_x, grad_weights, [&](size_t i, const ExpertActivations& activations) {
+        accumulate_importance(layer, expert, activations);
+        if (layer.under_threshold(expert, batches[i].routing.tokens())) return;
+        accumulate_row_gradients(layer, expert, activations);
+        norm.record(i, expert);
+      });
+    });
+  };
+  // |gradient * weight| reads whole decoded matrices.
+  const bool needs_weights =
+      layer.importance != nullptr && layer.importance_metric == ImportanceMetric::gradient_weight;
+  if (panels_available(layer) && !needs_weights) {
+    sweep(PanelBackward(layer, batches));
+  } else {
+    sweep(MmBackward(layer, batches));
+  }
 
   for (size_t i = 0; i < batches.size(); ++i) {
     grad_x[i] = grad_x[i].to(scalar_type(layer.dtype()));

@@ -1,4 +1,6 @@
-// Decodes the matrices of one expert into the layer's scratch: the page first, then the bank rows over it.
+// Decodes the matrices of one expert into the layer's scratch ([3, intermediate_size, hidden_size]: gate, up, down^T):
+// the page first, then the bank rows over it. Where a page holds W_down as it is, so does the scratch, except while
+// importance by weights, which reads the scratch, is measured.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -12,11 +14,8 @@ class ExpertDecoder {
 
   // Rows of gate above rows of up: [2 * intermediate_size, hidden_size].
   at::Tensor gate_up(const uint8_t* page, int64_t expert) const;
-  // W_down^T: [intermediate_size, hidden_size]; a transposed view where the page holds W_down as it is.
+  // W_down^T: [intermediate_size, hidden_size]; a transposed view where the scratch holds W_down as it is.
   at::Tensor down(const uint8_t* page, int64_t expert) const;
-  // What the two calls above left in the scratch: gate, up and down^T, [3, intermediate_size, hidden_size] (down^T only
-  // while importance by weights is measured, which reads it, where the page holds W_down as it is).
-  const void* decoded() const { return layer_.scratch(); }
 
  private:
   void* target(int matrix) const;

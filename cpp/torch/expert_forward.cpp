@@ -6,6 +6,7 @@
 #include "expert_batches.h"
 #include "expert_decoder.h"
 #include "expert_ops.h"
+#include "expert_panels.h"
 
 namespace torch::autograd {
 TORCH_API int get_current_graph_task_id();  // torch/csrc/autograd/graph_task.h, without its includes
@@ -18,16 +19,25 @@ using at::Tensor;
 
 bool in_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
 
-// Room for the activations of the largest expert of a micro-batch.
-class Forward {
+// Through matrices decoded as a whole and torch's mm: any format, dtype and CPU.
+class MmForward {
  public:
-  Forward(const ExpertLayer& layer, const MicroBatches& batches, at::TensorOptions options)
+  MmForward(ExpertLayer& layer, const MicroBatches& batches)
       : layer_(layer),
-        x_(batches.max_tokens(), layer.layout().hidden_size, options),
-        gate_up_(batches.max_tokens(), 2 * layer.layout().intermediate_size, options),
-        h_(batches.max_tokens(), layer.layout().intermediate_size, options),
-        y_(batches.max_tokens(), layer.layout().hidden_size, options) {}
+        batches_(batches),
+        decoder_(layer),
+        x_(batches.max_tokens(), layer.layout().hidden_size, batches[0].x.options()),
+        gate_up_(batches.max_tokens(), 2 * layer.layout().intermediate_size, batches[0].x.options()),
+        h_(batches.max_tokens(), layer.layout().intermediate_size, batches[0].x.options()),
+        y_(batches.max_tokens(), layer.layout().hidden_size, batches[0].x.options()) {}
 
+  // Adds the expert's outputs to out, fp32 [num_tokens, hidden_size] for each micro-batch.
+  void run(const uint8_t* page, int64_t expert, const std::vector<Tensor>& out) const {
+    const Tensor w_gate_up = decoder_.gate_up(page, expert), w_down = decoder_.down(page, expert);
+    for (size_t i = 0; i < batches_.size(); ++i) run(batches_[i], expert, w_gate_up, w_down, out[i]);
+  }
+
+ private:
   void run(const MicroBatch& batch, int64_t expert, const Tensor& w_gate_up, const Tensor& w_down,
            const Tensor& out) const {
     const Routing& routing = batch.routing;
@@ -45,8 +55,9 @@ class Forward {
                           nullptr);
   }
 
- private:
   const ExpertLayer& layer_;
+  const MicroBatches& batches_;
+  ExpertDecoder decoder_;
   RowBuffer x_, gate_up_, h_, y_;
 };
 
@@ -69,13 +80,16 @@ std::vector<Tensor> experts_forward_many(at::TensorList x, at::TensorList index,
   std::vector<Tensor> out;
   for (const MicroBatch& batch : batches)
     out.push_back(at::zeros(batch.x.sizes(), batch.x.options().dtype(at::kFloat)));
-  const ExpertDecoder decoder(layer);
-  const Forward forward(layer, batches, batches[0].x.options());
   const Phase phase = in_backward() ? Phase::backward : training ? Phase::training_forward : Phase::inference;
-  for_each_expert(layer, batches, phase, [&](const uint8_t* page, int64_t expert) {
-    const Tensor w_gate_up = decoder.gate_up(page, expert), w_down = decoder.down(page, expert);
-    for (size_t i = 0; i < batches.size(); ++i) forward.run(batches[i], expert, w_gate_up, w_down, out[i]);
-  });
+  const auto sweep = [&](auto&& forward) {
+    for_each_expert(layer, batches, phase,
+                    [&](const uint8_t* page, int64_t expert) { forward.run(page, expert, out); });
+  };
+  if (panels_available(layer)) {
+    sweep(PanelForward(layer, batches));
+  } else {
+    sweep(MmForward(layer, batches));
+  }
   for (Tensor& result : out) result = result.to(scalar_type(layer.dtype()));
   return out;
 }

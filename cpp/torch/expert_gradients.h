@@ -20,10 +20,9 @@ struct ExpertActivations {
 // without gradients: does nothing.
 void accumulate_row_gradients(const ExpertLayer& layer, int64_t expert, const ExpertActivations& activations);
 
-// Adds the importance of all the expert's neurons. `weights`: [3, intermediate_size, hidden_size] as the model computed
-// with them; used by the metric gradient_weight only.
-void accumulate_importance(const ExpertLayer& layer, int64_t expert, const ExpertActivations& activations,
-                           const void* weights);
+// Adds the importance of all the expert's neurons, if it is being measured. The metric gradient_weight reads the
+// decoded matrices in the layer's scratch (expert_decoder.h).
+void accumulate_importance(const ExpertLayer& layer, int64_t expert, const ExpertActivations& activations);
 
 // What each micro-batch of one backward adds to the norm of the bank's gradient. The bank keeps sums of squares per
 // expert; this keeps them as they stood after each micro-batch, so that experts may be the outer loop.

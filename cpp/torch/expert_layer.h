@@ -66,4 +66,7 @@ class ExpertLayer {
   const int64_t* threshold_counts_ = nullptr;
 };
 
+// Whether the layer's GEMMs run on panels (expert_panels.h) on this CPU, not on matrices decoded as a whole.
+bool panels_available(const ExpertLayer& layer);
+
 }  // namespace usaf

@@ -40,9 +40,9 @@ std::tuple<Tensor, Tensor, Tensor> expert_gather(const Tensor& x_in, const Tenso
       {index.const_data_ptr<int64_t>(), offsets.mutable_data_ptr<int32_t>(), source.mutable_data_ptr<int32_t>(),
        inverse.mutable_data_ptr<int32_t>(), num_tokens, top_k, num_experts},
       guard.stream());
-  Backend::gather_rows({x.const_data_ptr(), source.const_data_ptr<int32_t>(), permuted.mutable_data_ptr(), num_rows,
-                        x.size(1), top_k, dtype},
-                       guard.stream());
+  Backend::permute_rows({x.const_data_ptr(), inverse.const_data_ptr<int32_t>(), permuted.mutable_data_ptr(), num_rows,
+                         num_tokens, top_k, x.size(1), dtype},
+                        guard.stream());
   return {permuted, offsets, inverse};
 }
 

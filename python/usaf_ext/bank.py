@@ -255,11 +255,13 @@ class RowBank:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the tensors on `device` (a shared gradient buffer counts as far as this bank uses it)."""
-        held = [self.neuron_expert, self.neuron_index, self.codes, self.absmax, self.grad]
+        """Bytes of the tensors on `device`, without a gradient buffer that is shared."""
+        held = [self.neuron_expert, self.neuron_index, self.codes, self.absmax]
+        if self.grad is not None and self.grad_buffer is None:
+            held.append(self.grad)
         if self.placement == "device":
-            held += [self.master, self.residual]
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
+            held += [kept for kept in (self.master, self.residual) if kept is not None]
+        return sum(tensor.nbytes for tensor in held)
 
     @property
     def host_bytes(self) -> int:

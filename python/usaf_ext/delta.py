@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +83,16 @@ class Delta:
         fingerprint: of the base model (None: a store made from plain tensors). format, mode: as in RowBank.
         banks: layer name -> {"neuron_expert", "neuron_index", "codes", "absmax"[, "master" or "residual"]}, as in
             RowBank, on the CPU.
-        frozen: the same of the rows that re-selection froze, of the layers that have any.
         routers: router name -> float32 weight [num_experts, hidden_size].
+        frozen: as banks, of the rows that re-selection froze; layers without any are not in it.
     """
 
     fingerprint: str | None
     format: str
     mode: str
     banks: dict[str, dict[str, torch.Tensor]]
-    frozen: dict[str, dict[str, torch.Tensor]]
     routers: dict[str, torch.Tensor]
+    frozen: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
 def delta_of(model: nn.Module) -> Delta:
@@ -109,7 +109,7 @@ def delta_of(model: nn.Module) -> Delta:
         raise ValueError("model: nothing was trained: no layer has a bank and no router is trained")
     if len(modes) > 1:
         raise ValueError(f"model: its banks differ in mode: {sorted(modes)}")
-    return Delta(store.fingerprint, store.format, modes.pop() if modes else "master", banks, frozen, routers)
+    return Delta(store.fingerprint, store.format, modes.pop() if modes else "master", banks, routers, frozen)
 
 
 def _bank_rows(bank: RowBank) -> dict[str, torch.Tensor]:
@@ -148,7 +148,7 @@ def read_delta(path: str | Path) -> Delta:
             layer: {name: tensors[f"{layer}.frozen.{name}"] for name in rows} for layer in header.get("frozen", [])
         }
         routers = {name: tensors[f"{name}.weight"] for name in header["routers"]}
-        return Delta(header["fingerprint"], header["format"], mode, banks, frozen, routers)
+        return Delta(header["fingerprint"], header["format"], mode, banks, routers, frozen)
     except KeyError as error:
         raise StoreError(f"{path}: incomplete: {error} is missing") from error
 

@@ -139,7 +139,7 @@ def neuron_rows(layout: _C.PageLayout, page: np.ndarray, neurons: np.ndarray) ->
 
 
 def _columns(layout: _C.PageLayout, page: np.ndarray, matrix: int, picked: np.ndarray) -> Tensor:
-    """Some columns of a matrix, decoded, as rows: float32 [n, rows]. Decodes the blocks that hold one, block by block."""
+    """Some columns of a matrix, decoded, as rows: float32 [n, rows]. Decodes only the blocks that hold one."""
     codes, absmax = matrix_of(layout, page, matrix)
     width = _C.code_bytes(layout.format, _C.BLOCK_SIZE)  # rows are whole blocks, without padding
     result = torch.empty(len(picked), layout.rows[matrix])

@@ -15,11 +15,12 @@ import contextvars
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import _C
 from .errors import UsafError
 from .experts import run_op
 
@@ -31,18 +32,21 @@ class _Abandoned(BaseException):
 
 
 class _ThreadState:
-    """What torch keeps for each thread, as it is where this is made: modes of autograd and autocast, and the stream."""
+    """What torch keeps for each thread, as it is where this is made: autograd, autocast, threads to use, the stream."""
 
     def __init__(self, device: torch.device) -> None:
         kind = device.type
         self._device = device
         self._grad = torch.is_grad_enabled()
+        self._num_threads = torch.get_num_threads()
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self._stream = torch.cuda.current_stream(device) if kind == "cuda" else None
 
     @contextlib.contextmanager
     def entered(self):
         kind, dtype, enabled = self._autocast
+        if torch.get_num_threads() != self._num_threads:
+            torch.set_num_threads(self._num_threads)
         with (
             torch.cuda.stream(self._stream),  # of None: nothing
             torch.autocast(kind, dtype=dtype, enabled=enabled),
@@ -53,54 +57,87 @@ class _ThreadState:
             yield
 
 
-class _MicroBatch(threading.Thread, Generic[Result]):
-    """One micro-batch's thread. It runs between `go_on` and the return of it: to the next experts, or to its end."""
+class _MicroBatch(threading.Thread):
+    """A thread for one micro-batch at a time. It runs only while another one is in `go_on`: to the next experts that
+    its body calls, or to the body's end. It outlives the body, since libraries keep what they prepared for a thread."""
 
-    def __init__(self, number: int, body: Callable[[], Result], state: _ThreadState) -> None:
-        super().__init__(name=f"micro-batch-{number}")
-        self._body, self._state, self._context = body, state, contextvars.copy_context()
-        self._wake, self._paused = threading.Semaphore(0), threading.Semaphore(0)
-        self._abandoned = False
+    def __init__(self, number: int) -> None:
+        super().__init__(name=f"micro-batch-{number}", daemon=True)
+        self._changed = threading.Condition()
+        self._state = "idle"  # "idle" without a body, "running", or "waiting" for its experts
+        self._abandoned = self._ended = False
+        self._body: Callable[[], Any] | None = None
         self.request: tuple[Any, tuple[Any, ...]] | None = None  # the expert op it waits for, and its arguments
         self.reply: Any = None
-        self.result: Result
-        self.error: BaseException | None = None
+        self.result: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def begin(self, body: Callable[[], Any], state: _ThreadState) -> None:
+        """Have `body` run at the next go_on."""
+        context = contextvars.copy_context()
+
+        def run_body() -> Any:
+            with state.entered(), _Meeting(self):
+                return body()
+
+        self._body = lambda: context.run(run_body)
 
     def go_on(self) -> None:
         self.request = None
-        self._wake.release()
-        self._paused.acquire()
-        if self.error is not None:
-            raise self.error
+        with self._changed:
+            self._set("running")
+            self._changed.wait_for(lambda: self._state != "running")
+        if self._error is not None:
+            raise self._error
 
     def abandon(self) -> None:
-        self._abandoned = True
-        self._wake.release()
-        if self.ident is not None:
-            self.join()
+        """Come back idle, whatever it does now."""
+        with self._changed:
+            self._abandoned = True
+            if self._state == "waiting":
+                self._set("running")
+            self._changed.wait_for(lambda: self._state == "idle")
+            self._abandoned = False
+        self._body = self.request = self.reply = self.result = self._error = None
+
+    def end(self) -> None:
+        self.abandon()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        self.join()
 
     def run(self) -> None:
-        self._wake.acquire()
-        try:
-            if not self._abandoned:
-                self.result = self._context.run(self._run_body)
-        except BaseException as error:
-            self.error = error
-        finally:
-            self._paused.release()
-
-    def _run_body(self) -> Result:
-        with self._state.entered(), _Meeting(self):
-            return self._body()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._state == "running" or self._ended)
+            if self._ended:
+                return
+            assert self._body is not None
+            try:
+                self.result = self._body()
+            except BaseException as error:
+                self._error = error
+            _C.release_thread_pool()
+            with self._changed:
+                self._set("idle")
 
     def meet(self, op: Any, args: tuple[Any, ...]) -> Any:
-        self.request = (op, args)
-        self._paused.release()
-        self._wake.acquire()
-        if self._abandoned:
-            raise _Abandoned
+        _C.release_thread_pool()
+        with self._changed:
+            if not self._abandoned:
+                self.request = (op, args)
+                self._set("waiting")
+                self._changed.wait_for(lambda: self._state == "running")
+            if self._abandoned:
+                raise _Abandoned
         reply, self.reply = self.reply, None
         return reply
+
+    def _set(self, state: str) -> None:
+        self._state = state
+        self._changed.notify_all()
 
 
 class _Meeting(TorchDispatchMode):
@@ -137,38 +174,54 @@ _JOINT: dict[Any, tuple[int, Callable[[Sequence[tuple[Any, ...]]], Sequence[Any]
 }
 
 
-def run_together(
-    bodies: Sequence[Callable[[], Result]],
-    device: torch.device,
-    while_running: Callable[[int], AbstractContextManager[Any]] = lambda number: contextlib.nullcontext(),
-    after_backward: Callable[[int], None] = lambda handle: None,
-) -> list[Result]:
-    """Run `bodies`, the forward and backward of one micro-batch each, and return what they return.
+class MicroBatchThreads:
+    """The threads that micro-batches run in; a context manager, at whose end they end."""
 
-    Args:
-        bodies: each must call the experts of the same layers in the same order.
-        device: of the model.
-        while_running: entered, with the micro-batch's number, for every stretch that it runs.
-        after_backward: called with a layer's handle when the gradients of all micro-batches are in its bank.
+    def __init__(self) -> None:
+        self._threads: list[_MicroBatch] = []
 
-    Raises:
-        UsafError: the bodies come to different layers. Whatever one of them raises; the others are then abandoned.
-    """
-    state = _ThreadState(device)
-    threads = [_MicroBatch(number, body, state) for number, body in enumerate(bodies)]
-    try:
-        for thread in threads:
-            thread.start()
-        while True:
-            for number, thread in enumerate(threads):
-                with while_running(number):
-                    thread.go_on()
-            if all(thread.request is None for thread in threads):
-                return [thread.result for thread in threads]
-            _compute_experts(threads, after_backward)
-    finally:
-        for thread in threads:
-            thread.abandon()
+    def __enter__(self) -> MicroBatchThreads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._threads:
+            self._threads.pop().end()
+
+    def run(
+        self,
+        bodies: Sequence[Callable[[], Result]],
+        device: torch.device,
+        while_running: Callable[[int], AbstractContextManager[Any]] = lambda number: contextlib.nullcontext(),
+        after_backward: Callable[[int], None] = lambda handle: None,
+    ) -> list[Result]:
+        """Run `bodies`, the forward and backward of one micro-batch each, and return what they return.
+
+        Args:
+            bodies: each must call the experts of the same layers in the same order.
+            device: of the model.
+            while_running: entered, with the micro-batch's number, for every stretch that it runs.
+            after_backward: called with a layer's handle when the gradients of all micro-batches are in its bank.
+
+        Raises:
+            UsafError: the bodies come to different layers. Whatever one of them raises; the others are then abandoned.
+        """
+        while len(self._threads) < len(bodies):
+            self._threads.append(_MicroBatch(len(self._threads)))
+        threads = self._threads[: len(bodies)]
+        state = _ThreadState(device)
+        for thread, body in zip(threads, bodies):
+            thread.begin(body, state)
+        try:
+            while True:
+                for number, thread in enumerate(threads):
+                    with while_running(number):
+                        thread.go_on()
+                if all(thread.request is None for thread in threads):
+                    return [thread.result for thread in threads]
+                _compute_experts(threads, after_backward)
+        finally:
+            for thread in threads:
+                thread.abandon()
 
 
 def _compute_experts(threads: Sequence[_MicroBatch], after_backward: Callable[[int], None]) -> None:

@@ -146,8 +146,8 @@ class ExpertMemory:
         return held + self._reserved_host
 
     def reserve_host(self, num_bytes: int) -> None:
-        """Set `num_bytes` of the host budget aside for something else, e.g. a bank in host memory. Host buffers of a
-        store on disk give way, and come back with `release_host`.
+        """Set `num_bytes` of the host budget aside for something else, such as banks in host memory; they replace what
+        was set aside before. Host buffers of a store on disk give way, or come back. Call it between sweeps.
 
         Raises:
             ValueError: negative.
@@ -155,17 +155,8 @@ class ExpertMemory:
         """
         if num_bytes < 0:
             raise ValueError(f"num_bytes: expected at least 0, got {num_bytes}")
-        self._set_reserved(self._reserved_host + num_bytes)
-
-    def release_host(self, num_bytes: int) -> None:
-        """Give back what `reserve_host` set aside. Raises ValueError for more than that."""
-        if not 0 <= num_bytes <= self._reserved_host:
-            raise ValueError(f"num_bytes: expected 0 to {self._reserved_host}, got {num_bytes}")
-        self._set_reserved(self._reserved_host - num_bytes)
-
-    def _set_reserved(self, num_bytes: int) -> None:
         num_buffers = self.buffers_for(self.store, self.host_budget, num_bytes)
-        if self.host_budget is not None and num_buffers != self.pager.num_buffers:
+        if num_buffers != self.pager.num_buffers:
             self.pager.resize_ring(num_buffers)
         self._reserved_host = num_bytes
 

@@ -14,9 +14,9 @@ from . import ops
 from .bank import RowBank, host_memory
 from .errors import UsafError
 from .experts import PagedLayer, check_routes, paged_layers
+from .moments import MOMENTS, bank_bytes, carried_state, loaded_state, new_state
 from .router import trained_routers
 
-MOMENTS = ("fp32", "8bit")
 MAX_SKIPPED_STEPS = 10  # non-finite gradients this often in a row are no accident
 # An anchor's gradient is a sum of fp32 increments, so without clipping it is the bank's norm but for rounding.
 _UNCLIPPED = 2.0**-17
@@ -27,13 +27,6 @@ def _coefficient(clipped: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     ratio = clipped / norm
     untouched = (torch.abs(ratio - 1) <= _UNCLIPPED) | ((norm == 0) & (clipped == 0))
     return torch.where(untouched, 1.0, ratio)
-
-
-def _placed(tensor: torch.Tensor, bank: RowBank) -> torch.Tensor:
-    """`tensor`, or a copy of it, where the bank's update runs; in host memory beside a GPU it is pinned."""
-    if bank.placement == "host" and bank.device.type == "cuda":
-        return host_memory(tensor, bank.device).copy_(tensor)
-    return tensor.to(bank.state_device)
 
 
 def _not_finite(*values: torch.Tensor) -> torch.Tensor:
@@ -90,6 +83,8 @@ class MaskedAdam(torch.optim.Optimizer):
         self.moments = moments
         self._all_layers = layers
         self._layers = self._trained_layers()
+        if betas[0] == 0 and any(layer.bank is not None and layer.bank.mode == "eco" for layer in layers):
+            raise ValueError("betas: mode 'eco' keeps its rounding errors in exp_avg, so betas[0] must be above 0")
         weights = [router.get_parameter("weight") for router in routers.values()]
         if not self._layers and not weights:
             raise ValueError(
@@ -222,7 +217,7 @@ class MaskedAdam(torch.optim.Optimizer):
         assert bank is not None
         state = self.state[anchor]
         if not state:
-            state.update(self._new_state(bank, bank.num_neurons))
+            state.update(new_state(bank, bank.num_neurons, self.moments))
         if group["lr"] > 0:
             self._expected |= (bank.grad_norm() * coefficient != 0) & (found_inf == 0)
         device = bank.state_device
@@ -257,17 +252,6 @@ class MaskedAdam(torch.optim.Optimizer):
         self._changed.copy_(changed)
         bank.publish()
 
-    def _new_state(self, bank: RowBank, num_neurons: int) -> dict[str, torch.Tensor]:
-        """Moments and step counts of neurons that have not made a step, where the bank's update runs."""
-        shape = (num_neurons, *bank.codes.shape[1:2], bank.hidden_size)
-        state = {"step": torch.zeros(shape[:2], dtype=torch.int32)}
-        for name in ("exp_avg", "exp_avg_sq"):
-            if self.moments == "8bit":
-                state[name], state[f"{name}_absmax"] = ops.empty_moments8(shape)
-            else:
-                state[name] = torch.zeros(shape, dtype=torch.float32)
-        return {name: _placed(tensor, bank) for name, tensor in state.items()}
-
     def _gradient(self, bank: RowBank) -> torch.Tensor:
         """The bank's gradient where its update runs: in placement "host" a copy, in memory that all banks share."""
         assert bank.grad is not None
@@ -291,41 +275,17 @@ class MaskedAdam(torch.optim.Optimizer):
             state = self.state.pop(layer.anchor, {})
             if state and bank is not None:
                 assert layer.bank is not None
-                self.state[layer.anchor] = self._carried(state, layer.bank, bank)
+                self.state[layer.anchor] = carried_state(state, layer.bank, bank, self.moments)
             layer.set_bank(bank)
         self._layers = self._trained_layers()
         for group in self.param_groups:
             if group["name"] == "experts":
                 group["params"] = list(self._layers)
 
-    def _carried(self, state: dict[str, torch.Tensor], old: RowBank, new: RowBank) -> dict[str, torch.Tensor]:
-        both = torch.isin(new.positions, old.positions)
-        source = torch.searchsorted(old.positions, new.positions[both])
-        carried = self._new_state(new, new.num_neurons)
-        for name, tensor in carried.items():
-            tensor[both.to(tensor.device)] = state[name][source.to(tensor.device)]
-        return carried
-
     def bank_bytes(self) -> dict[str, int]:
         """Bytes for training the expert rows, {"device": .., "host": ..}: banks, frozen rows, moments (those to come
         at the first step too) and the gradient's copy in host memory."""
-        total = {"device": 0, "host": 0}
-        for layer in self._all_layers:
-            for bank in (layer.bank, layer.frozen_bank):
-                if bank is not None:
-                    total["device"] += bank.device_bytes
-                    total["host"] += bank.host_bytes
-        for layer in self._layers.values():
-            if layer.bank is not None:
-                row = sum(tensor.nbytes for tensor in self._new_state(layer.bank, 1).values())
-                total[layer.bank.placement] += row * layer.bank.num_neurons
-        in_host = [
-            layer.bank.num_parameters * layer.bank.grad_dtype.itemsize
-            for layer in self._layers.values()
-            if layer.bank is not None and layer.bank.placement == "host"
-        ]
-        total["host"] += max(in_host, default=0)
-        return total
+        return bank_bytes(self._all_layers, self.moments)
 
     def _step_router(self, weight: nn.Parameter, group: dict[str, Any], found_inf: torch.Tensor) -> None:
         state = self.state[weight]
@@ -392,20 +352,15 @@ class MaskedAdam(torch.optim.Optimizer):
                 raise ValueError(f"state_dict: entry {position}, but there are {len(params)} parameters")
             layer = self._layers.get(params[position])
             bank = None if layer is None else layer.bank
-            if bank is None:
-                like = dict.fromkeys(("exp_avg", "exp_avg_sq"), params[position].detach())
-            else:
-                like = self._new_state(bank, 1)
-                rows[params[position]] = {name: _placed(entry[name].clone(), bank) for name in entry}
-                if set(entry) != set(like):
-                    raise ValueError(f"state_dict: parameter {position} has {sorted(entry)}, expected {sorted(like)}")
-            for name, example in like.items():
-                wanted = tuple(example.shape) if bank is None else (bank.num_neurons, *example.shape[1:])
-                if tuple(entry[name].shape) != wanted or entry[name].dtype != example.dtype:
+            if bank is not None:
+                rows[params[position]] = loaded_state(entry, bank, self.moments, f"state_dict: parameter {position}")
+                continue
+            wanted = tuple(params[position].shape)
+            for name in ("exp_avg", "exp_avg_sq"):
+                if tuple(entry[name].shape) != wanted:
                     raise ValueError(
-                        f"state_dict: {name} of parameter {position} is {entry[name].dtype} "
-                        f"{tuple(entry[name].shape)}, expected {example.dtype} {wanted}: it belongs to another "
-                        "selection, or to moments of another kind"
+                        f"state_dict: {name} of parameter {position} has shape {tuple(entry[name].shape)}, expected "
+                        f"{wanted}: it belongs to another router"
                     )
         of_routers = {n: entry for n, entry in state_dict["state"].items() if params[n] not in rows}
         super().load_state_dict({**state_dict, "state": of_routers})

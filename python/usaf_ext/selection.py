@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from . import _C
 from .bank import RowBank
+from .bank_rows import ROWS_PER_NEURON
 from .experts import IMPORTANCE_METRICS, paged_layers
 from .loss import causal_lm_loss
+from .ops.codec import scale_dtype
 
 if TYPE_CHECKING:
     from .checkpoint_source import ModelSource
@@ -237,11 +240,16 @@ def attach(
     """Build a RowBank for each layer with chosen neurons and set it; layers without any get none.
 
     See RowBank and its from_store for the settings. All banks are built before the first one is set; rows that an
-    earlier re-selection froze are let go.
+    earlier re-selection froze are let go. Raises BudgetError when banks in host memory exceed the model's host budget.
     """
     layers = paged_layers(model)
     if len(selection.neuron_expert) != len(layers):
         raise ValueError(f"selection has {len(selection.neuron_expert)} layers, the model {len(layers)}")
+    if placement == "host":  # before they are there; the optimizer's state comes on top
+        store, kept = layers[0].store, {"master": master_dtype.itemsize, "residual": 1}.get(mode, 0)
+        row_bytes = _C.code_bytes(store.format, store.hidden_size) + kept * store.hidden_size
+        row_bytes += _C.num_blocks(store.format, store.hidden_size) * scale_dtype(store.format).itemsize
+        layers[0].memory.reserve_host(selection.num_neurons * ROWS_PER_NEURON * row_bytes)
     banks: list[RowBank | None] = []
     for layer, neuron_expert, neuron_index in zip(layers, selection.neuron_expert, selection.neuron_index):
         if len(neuron_expert) == 0:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .experts import PagedLayer
 from .gumbel import GumbelNoise
-from .layer_major import run_together
+from .layer_major import MicroBatchThreads
 from .loss import causal_lm_loss
 from .router import LoadTracker, load_balancing_loss, record_routers
 from .run_folder import rng_states, set_rng_states
@@ -67,15 +67,15 @@ def run_micro_batches(
     aux_loss_coef: float,
     trackers: Sequence[LoadTracker],
     *,
-    order: str = "micro_batch",
+    threads: MicroBatchThreads | None = None,
     scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
     gumbel: GumbelNoise | None = None,
     after_backward: Callable[[int], None] = lambda handle: None,
 ) -> StepLosses:
     """Forward and backward of all micro-batches; gradients are added to the banks, anchors and routers.
 
-    Both orders give the same bits: "micro_batch" runs one after another, "layer" all at once, so that a page moves once
-    up and once down for all of them (usaf_ext.layer_major); activations are then held for all of them.
+    One after another, or, with `threads`, layer by layer: a page then moves once up and once down for all of them, and
+    activations are held for all of them (usaf_ext.layer_major). Both orders give the same bits.
 
     Args:
         batches: int64 [batch_size, seq_len] each.
@@ -83,7 +83,7 @@ def run_micro_batches(
         trackers: each is given every micro-batch's tokens per expert.
         scale: from a loss to what backward starts from (loss scaling).
         gumbel: told which micro-batch runs.
-        after_backward: order "layer" only: called with a layer's handle once all its gradients are in its bank.
+        after_backward: with `threads` only: called with a layer's handle once all its gradients are in its bank.
     """
     num_targets = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
 
@@ -112,9 +112,9 @@ def run_micro_batches(
             tracker.add([layer.token_counts for layer in layers], num_tokens)
 
     losses = []
-    if order == "layer":
+    if threads is not None:
         bodies = [partial(run, input_ids) for input_ids in batches]
-        losses = run_together(bodies, batches[0].device, while_running, after_backward)
+        losses = threads.run(bodies, batches[0].device, while_running, after_backward)
         count_tokens(sum(batch.numel() for batch in batches))
     else:
         for number, input_ids in enumerate(batches):

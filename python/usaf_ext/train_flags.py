@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from .bank import BANK_MODES, GRAD_DTYPES, MASTER_DTYPES, PLACEMENTS, ROUNDINGS
-from .optimizer import MOMENTS
+from .moments import MOMENTS
 from .router import ROUTER_MODES
 from .selection import SELECTION_METRICS, SELECTION_SAMPLINGS, SELECTION_SCOPES
 from .step import ACCUMULATION_ORDERS

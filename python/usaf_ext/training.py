@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,14 +24,15 @@ from .evaluation import evaluate
 from .experts import expert_memory, expert_store, paged_layers
 from .gumbel import GumbelNoise, check_gumbel, train_gumbel_routers
 from .interrupt import InterruptFlag
-from .plots import plot_expert_load, plot_loss
+from .layer_major import MicroBatchThreads
 from .reselection import reselect
-from .router import CollapsedLayer, LoadTracker, check_balanceable, find_routers, train_routers
+from .router import LoadTracker, check_balanceable, find_routers, train_routers
 from .run_folder import Checkpoint, RunFolder, rng_states, set_rng_states
 from .selection import Selection, attach, compute_importance, select_neurons, select_random
 from .step import run_micro_batches
 from .threshold import ActivationThreshold
 from .train_config import TrainConfig
+from .train_result import TrainResult, finish_run
 from .update import Update
 
 if TYPE_CHECKING:
@@ -47,28 +48,6 @@ class Sequences(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run came to.
-
-    Attributes:
-        out_dir: the run folder. steps: optimizer steps. density: trained share of the expert neurons.
-        trained_parameters: weights the optimizer updates (bank rows and routers); 0 for the control.
-        evaluations: name -> {step: mean next-token loss in nats}, step 0 being the untouched model.
-        tokens_per_second: over all steps of the log. load_entropy: per MoE layer over all steps, 1 is uniform.
-        collapsed: layers with dead or swamping experts in the latest steps (see usaf_ext.collapse).
-    """
-
-    out_dir: Path
-    steps: int
-    trained_parameters: int
-    density: float
-    evaluations: dict[str, dict[int, float]]
-    tokens_per_second: float
-    load_entropy: list[float]
-    collapsed: list[CollapsedLayer]
 
 
 def train(
@@ -112,7 +91,9 @@ def train(
             trainer.begin()
         else:
             trainer.restore(checkpoint)
-        trainer.run_steps()
+        with MicroBatchThreads() as threads:
+            trainer.threads = threads if config.accumulation_order == "layer" else None
+            trainer.run_steps()
     return trainer.finish()
 
 
@@ -174,6 +155,7 @@ class _Trainer:
         self.collapse = CollapseMonitor(len(self.layers), self.layers[0].num_experts, self.device)
         self.threshold = ActivationThreshold(self.layers, config.activation_threshold, config.threshold_scope)
         self.gumbel = GumbelNoise(config.seed) if config.router == "gumbel" else None
+        self.threads: MicroBatchThreads | None = None  # for accumulation order "layer"
         self.had_gradient = False  # in a step since progress was last checked
         self.step = 0
         self.num_candidates = sum(layer.num_experts * layer.intermediate_size for layer in self.layers)
@@ -247,8 +229,10 @@ class _Trainer:
         self._hold_banks()
 
     def _hold_banks(self) -> None:
-        """Remember the banks, for the router's warm-up takes them out."""
+        """Remember the banks, for the router's warm-up takes them out; and count them against the host budget."""
         self.banks: list[RowBank | None] = [layer.bank for layer in self.layers]
+        if self.config.placement == "host":
+            self.layers[0].memory.reserve_host(self.update.optimizer.bank_bytes()["host"])
 
     def _importance_batches(self, order: BatchOrder) -> Iterator[torch.Tensor]:
         for _ in tqdm(range(self.config.importance_batches), desc="importance", disable=None):
@@ -334,7 +318,7 @@ class _Trainer:
             balanced,
             config.aux_loss_coef,
             (step_load, self.load),
-            order=config.accumulation_order,
+            threads=self.threads,
             scale=self.update.scale,
             after_backward=self.update.after_backward,
             gumbel=self.gumbel,
@@ -403,26 +387,11 @@ class _Trainer:
         )
 
     def finish(self) -> TrainResult:
-        records = self.run.log_records()
-        steps = [record for record in records if record["event"] == "step"]
-        evaluations: dict[str, dict[int, float]] = {}
-        for record in records:
-            if record["event"] == "evaluation":
-                evaluations.setdefault(record["name"], {})[record["step"]] = record["loss"]
-        plot_loss(
-            self.run.path / "loss.png",
-            [record["step"] for record in steps],
-            [record["loss"] for record in steps],
-            {name: (list(losses), list(losses.values())) for name, losses in evaluations.items()},
-        )
-        plot_expert_load(self.run.path / "expert_load.png", self.load.share())
-        return TrainResult(
-            out_dir=self.run.path,
+        return finish_run(
+            self.run,
+            self.load,
             steps=self.step,
             trained_parameters=self.update.num_parameters,
             density=sum(bank.num_neurons for bank in self.banks if bank is not None) / self.num_candidates,
-            evaluations=evaluations,
-            tokens_per_second=sum(r["tokens"] for r in steps) / sum(r["seconds"] for r in steps),
-            load_entropy=self.load.entropy(),
             collapsed=self.collapse.finish(),
         )

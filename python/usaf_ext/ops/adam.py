@@ -159,8 +159,12 @@ def empty_moments8(shape: Sequence[int], device: torch.device | str | None = Non
         shape: [rows.., cols] of the moment, at least two dimensions.
 
     Raises:
-        ValueError: fewer than two dimensions, or a negative one.
+        TypeError: not a sequence of integers. ValueError: fewer than two dimensions, or a negative one.
     """
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape: expected a sequence of integers, got {type(shape).__name__}")
+    for size in shape:
+        require_integers(shape=size)
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape: expected [rows.., cols], none negative, got {tuple(shape)}")
     blocks = -(-shape[-1] // MOMENT_BLOCK)
