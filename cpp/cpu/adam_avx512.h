@@ -8,7 +8,7 @@
 #include "../numerics/residual.h"
 #include "../numerics/rng.h"
 #include "adam_block.h"
-#include "encode_avx512.h"
+#include "codec_avx512.h"
 
 #ifdef USAF_HAS_ISA_LEVELS
 #pragma GCC diagnostic push
@@ -17,23 +17,9 @@
 
 namespace usaf::cpu {
 
+#define USAF_AVX512_INLINE USAF_AVX512 inline __attribute__((always_inline))
+
 inline constexpr int kVectors = 4;  // of 16 weights in a block
-
-USAF_AVX512_INLINE __m512 load16(const float* values) { return _mm512_loadu_ps(values); }
-USAF_AVX512_INLINE __m512 load16(const Bf16* values) {
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-// to_bf16, as fp32 with 16 zero bits.
-USAF_AVX512_INLINE __m512i round_to_bf16(__m512 value) {
-  const __m512i bits = _mm512_castps_si512(value), high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
-  return _mm512_and_si512(kept, high);
-}
 
 // Rounds `value` to the master's type, there and in place, and gathers the bits that differ.
 USAF_AVX512_INLINE void store_master(float* master, __m512& value, __m512i& difference) {
@@ -43,19 +29,19 @@ USAF_AVX512_INLINE void store_master(float* master, __m512& value, __m512i& diff
 }
 USAF_AVX512_INLINE void store_master(Bf16* master, __m512& value, __m512i& difference) {
   auto* address = reinterpret_cast<__m256i*>(master);
-  const __m512i bits = round_to_bf16(value);
-  const __m256i stored = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+  const __m512i words = _mm512_srli_epi32(avx512::round_to_bf16(value), 16);
+  const __m256i stored = _mm512_cvtepi32_epi16(words);
   const __m256i changed = _mm256_xor_si256(_mm256_loadu_si256(address), stored);
   difference = _mm512_or_si512(difference, _mm512_zextsi256_si512(changed));
   _mm256_storeu_si256(address, stored);
-  value = _mm512_castsi512_ps(bits);
+  value = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
 }
 
 // adam_step; `denominator` is what it divided by.
 template <class Grad>
 USAF_AVX512_INLINE __m512 step16(const AdamScalars& s, float grad_scale, const Grad* grad_in, float* exp_avg,
                                  float* exp_avg_sq, __m512 weight, __m512& denominator) {
-  const __m512 grad = _mm512_mul_ps(load16(grad_in), _mm512_set1_ps(grad_scale));
+  const __m512 grad = _mm512_mul_ps(avx512::load(grad_in), _mm512_set1_ps(grad_scale));
   const __m512 m = _mm512_add_ps(_mm512_mul_ps(_mm512_set1_ps(s.beta1), _mm512_loadu_ps(exp_avg)),
                                  _mm512_mul_ps(_mm512_set1_ps(s.one_minus_beta1), grad));
   const __m512 v = _mm512_add_ps(_mm512_mul_ps(_mm512_set1_ps(s.beta2), _mm512_loadu_ps(exp_avg_sq)),
@@ -150,6 +136,45 @@ USAF_AVX512 inline void fill_random_avx512(uint64_t seed, int32_t step, int64_t 
   }
 }
 
+// nf4_encode_stochastic of 16 normalised weights: the neighbour below is the nearest code or the one before it.
+USAF_AVX512_INLINE __m512i encode_nf4_stochastic(__m512 normalized, const uint32_t* random) {
+  const __m512 values = _mm512_loadu_ps(kNf4Values);
+  const __m512i one = _mm512_set1_epi32(1), last = _mm512_set1_epi32(15);
+  const __m512 x = _mm512_min_ps(_mm512_set1_ps(1.0f), normalized);  // of a NaN the second: it stays
+  const __m512i nearest = avx512::encode<Format::nf4>(x);
+  const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(nearest, values), _CMP_LT_OQ);
+  const __m512i floor = _mm512_max_epi32(_mm512_mask_sub_epi32(nearest, above, nearest, one), _mm512_setzero_si512());
+  const __m512 low = _mm512_permutexvar_ps(floor, values);
+  const __m512 high = _mm512_permutexvar_ps(_mm512_min_epi32(_mm512_add_epi32(floor, one), last), values);
+  const __m512 uniform = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_loadu_si512(random), 8)),
+                                       _mm512_set1_ps(1.0f / 16777216.0f));  // to_uniform
+  const __mmask16 up =
+      _mm512_cmp_ps_mask(_mm512_sub_ps(x, low), _mm512_mul_ps(uniform, _mm512_sub_ps(high, low)), _CMP_GT_OQ);
+  return _mm512_mask_add_epi32(floor, up, floor, one);
+}
+
+// The codes of a block, to nearest, or (random not null) stochastic; returns the stored scale.
+template <Format kFormat>
+USAF_AVX512_INLINE typename BlockCodec<kFormat>::Scale encode_nf4_block(const __m512 (&weight)[kVectors],
+                                                                        const uint32_t* random, __m256i& codes) {
+  // The bits of a magnitude order as integers do: a NaN above infinity above every number.
+  __m512i largest = _mm512_setzero_si512();
+  for (int i = 0; i < kVectors; ++i) {
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(weight[i]), _mm512_set1_epi32(0x7fffffff));
+    largest = _mm512_max_epi32(largest, bits);
+  }
+  const float absmax = bits_float(static_cast<uint32_t>(_mm512_reduce_max_epi32(largest)));
+  const auto scale = BlockCodec<kFormat>::make_scale(absmax);
+  const __m512 inverse = _mm512_set1_ps(inverse_step(BlockCodec<kFormat>::step(scale)));
+  __m512i code[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
+    const __m512 x = _mm512_mul_ps(weight[i], inverse);
+    code[i] = random ? encode_nf4_stochastic(x, random + 16 * i) : avx512::encode<kFormat>(x);
+  }
+  codes = avx512::pack_nibbles(avx512::pack_bytes<kFormat>(code));
+  return scale;
+}
+
 // Steps the 64 weights of a block. Gathers the bits of codes, absmax, master and residual that change in `difference`.
 template <Format kFormat, AdamMode kMode, class Master, class Grad>
 USAF_AVX512_INLINE void run_nf4_block(const AdamStep& step, const AdamBlock& block, __m512i& difference) {
@@ -159,7 +184,7 @@ USAF_AVX512_INLINE void run_nf4_block(const AdamStep& step, const AdamBlock& blo
   auto& scale = *static_cast<typename Codec::Scale*>(block.absmax);
   __m512 weight[kVectors], denominator[kVectors];
   if constexpr (kMode == AdamMode::master) {
-    for (int i = 0; i < kVectors; ++i) weight[i] = load16(master + 16 * i);
+    for (int i = 0; i < kVectors; ++i) weight[i] = avx512::load(master + 16 * i);
   } else {
     look_up_codes(block.codes, value_table(Codec::step(scale)), weight);
   }
@@ -179,15 +204,15 @@ USAF_AVX512_INLINE void run_nf4_block(const AdamStep& step, const AdamBlock& blo
 
   const __m256i old_codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.codes));
   const float old_step = Codec::step(scale);
+  __m256i codes;
+  alignas(64) uint32_t random[kBlockSize];
   bool stochastic = false;
   if constexpr (kMode == AdamMode::in_place || kMode == AdamMode::eco) stochastic = step.args.stochastic;
-  __m256i codes;
   if (stochastic) {
-    alignas(64) uint32_t random[kBlockSize];
     fill_random_avx512(step.args.seed, step.step, block.first_element, random);
-    scale = encode_nf4_block_stochastic<kFormat>(weight, random, codes);
+    scale = encode_nf4_block<kFormat>(weight, random, codes);
   } else {
-    scale = encode_nf4_block<kFormat>(weight, codes);
+    scale = encode_nf4_block<kFormat>(weight, nullptr, codes);
   }
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(block.codes), codes);
   const uint32_t scale_changed = float_bits(old_step) ^ float_bits(Codec::step(scale));

@@ -192,6 +192,12 @@ USAF_AVX512 inline __m512i pack_bytes(const __m512i (&code)[4]) {
   return _mm512_permutexvar_epi32(order, bytes);
 }
 
+// 64 nf4 codes of bytes to nibbles.
+USAF_AVX512 inline __m256i pack_nibbles(__m512i bytes) {
+  const __m512i pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x0110));  // 16 * first + second
+  return _mm512_cvtepi16_epi8(pairs);
+}
+
 // |w|'s largest bits in a block.
 template <class T>
 USAF_AVX512 inline uint32_t block_magnitude(const T* weight) {
@@ -226,8 +232,7 @@ USAF_AVX512 inline void encode_block(const T* weight, float inverse, uint8_t* co
   }
   const __m512i bytes = pack_bytes<kFormat>(code);
   if constexpr (is_nf4(kFormat)) {
-    const __m512i pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x0110));  // 16 * first + second
-    store_half<kStream>(codes, _mm512_cvtepi16_epi8(pairs));
+    store_half<kStream>(codes, pack_nibbles(bytes));
   } else {
     store_bytes<kStream>(codes, bytes);
   }

@@ -11,7 +11,6 @@
 #include "adam_avx512.h"
 #include "adam_block.h"
 #include "codec_generic.h"
-#include "encode_avx512.h"
 #include "isa.h"
 #include "moments8.h"
 #include "parallel.h"
