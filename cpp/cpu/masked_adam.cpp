@@ -45,11 +45,7 @@ USAF_ALWAYS_INLINE void encode(const float* weight, int64_t count, const uint32_
 
 template <Format kFormat>
 USAF_ALWAYS_INLINE void decode(const uint8_t* codes, const void* absmax, float* out) {
-  if constexpr (kFormat == Format::bf16) {
-    decode_bf16_generic(codes, kBlockSize, out);
-  } else {
-    decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
-  }
+  decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
 }
 
 // True if a bit of codes, absmax, master or residual changed.
