@@ -38,16 +38,10 @@ USAF_ALWAYS_INLINE void encode(const float* weight, int64_t count, const uint32_
   }
 }
 
-<<<<<<< HEAD
 using FillRandom = void (*)(uint64_t seed, int32_t step, int64_t first, uint32_t* random);
 
 void fill_random_plain(uint64_t seed, int32_t step, int64_t first, uint32_t* random) {
   fill_random(seed, step, first, random);
-=======
-template <Format kFormat>
-USAF_ALWAYS_INLINE void decode(const uint8_t* codes, const void* absmax, float* out) {
-  decode_row_generic<kFormat>(codes, absmax, kBlockSize, out);
->>>>>>> codec
 }
 
 // True if a bit of codes, absmax, master or residual changed.
