@@ -43,10 +43,11 @@ void parallel_for_uneven(int64_t count, int64_t work, const Body& body) {
 }
 
 // body(i, worker) for i in [0, count), in threads numbered worker = 0 to max_workers() - 1, each with its own scratch.
+// Items go to whoever is free: a thread that shares its core with a copy of pages takes fewer.
 template <class Body>
 void parallel_for_workers(int64_t count, const Body& body) {
 #ifdef _OPENMP
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic)
   for (int64_t i = 0; i < count; ++i) body(i, static_cast<int64_t>(omp_get_thread_num()));
 #else
   for (int64_t i = 0; i < count; ++i) body(i, int64_t{0});
