@@ -45,10 +45,13 @@ ImportanceMetric parse_importance_metric(const std::string& value) {
       {{{"gradient", ImportanceMetric::gradient}, {"gradient_weight", ImportanceMetric::gradient_weight}}});
 }
 
-py::list offsets_list(const int64_t (&offsets)[kMatricesPerExpert]) {
-  py::list result;
-  for (int64_t offset : offsets) result.append(offset);
-  return result;
+DownAxis parse_down_axis(const std::string& value) {
+  return parse_enum<DownAxis, 2>(value, "down_axis",
+                                 {{{"hidden", DownAxis::hidden}, {"intermediate", DownAxis::intermediate}}});
+}
+
+std::vector<int64_t> per_matrix(const int64_t (&values)[kMatricesPerExpert]) {
+  return {std::begin(values), std::end(values)};
 }
 
 // Native exceptions become the Python classes of usaf_ext.errors.
@@ -73,19 +76,25 @@ void register_errors() {
 
 void bind_store(py::module_& m) {
   py::class_<PageLayout>(m, "PageLayout")
-      .def(py::init([](const std::string& format, int64_t hidden_size, int64_t intermediate_size) {
+      .def(py::init([](const std::string& format, int64_t hidden_size, int64_t intermediate_size,
+                       const std::string& down_axis) {
              if (hidden_size < 1 || intermediate_size < 1)
                throw std::invalid_argument("hidden_size, intermediate_size: expected at least 1");
-             return make_page_layout(parse_format(format), hidden_size, intermediate_size);
+             return make_page_layout(parse_format(format), hidden_size, intermediate_size, parse_down_axis(down_axis));
            }),
-           py::arg("format"), py::arg("hidden_size"), py::arg("intermediate_size"))
+           py::arg("format"), py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("down_axis") = "hidden")
       .def_property_readonly("format", [](const PageLayout& self) { return format_name(self.format); })
       .def_readonly("hidden_size", &PageLayout::hidden_size)
       .def_readonly("intermediate_size", &PageLayout::intermediate_size)
+      .def_property_readonly(
+          "down_axis",
+          [](const PageLayout& self) { return self.down_axis == DownAxis::hidden ? "hidden" : "intermediate"; })
+      .def_property_readonly("rows", [](const PageLayout& self) { return per_matrix(self.rows); })
+      .def_property_readonly("cols", [](const PageLayout& self) { return per_matrix(self.cols); })
       .def_readonly("page_bytes", &PageLayout::page_bytes)
       .def_readonly("payload_bytes", &PageLayout::payload_bytes)
-      .def_property_readonly("codes_offset", [](const PageLayout& self) { return offsets_list(self.codes_offset); })
-      .def_property_readonly("absmax_offset", [](const PageLayout& self) { return offsets_list(self.absmax_offset); });
+      .def_property_readonly("codes_offset", [](const PageLayout& self) { return per_matrix(self.codes_offset); })
+      .def_property_readonly("absmax_offset", [](const PageLayout& self) { return per_matrix(self.absmax_offset); });
 
   py::class_<ExpertStore, std::shared_ptr<ExpertStore>>(m, "ExpertStore")
       .def(py::init<int64_t, int64_t, const PageLayout&>(), py::arg("num_layers"), py::arg("num_experts"),

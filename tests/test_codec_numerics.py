@@ -78,6 +78,24 @@ def test_rows_equal_oracle(format, dtype, isa):
 
 
 @pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize(
+    ("format", "dtype"), [("nf4", torch.float32), ("int8", torch.bfloat16), ("bf16", torch.bfloat16)]
+)
+def test_results_too_large_for_the_caches(format, dtype, isa):
+    """They are stored past the caches where rows are aligned (2048 columns), and as usual where not (2024)."""
+    for cols in (2048, 2024):
+        rows = (17 << 20) // oracles.code_bytes(format, cols)
+        weight = (torch.randn(64, cols) * 0.02).to(dtype).repeat(-(-rows // 64), 1)
+        with native.only(isa):
+            codes, absmax = native.encode_rows(format, weight)
+            decoded = native.decode_rows(format, dtype, codes, absmax, cols)
+        expected, expected_absmax = oracles.encode(weight[:64], format)
+        wanted = oracles.decode(expected, expected_absmax, cols, format).to(dtype)
+        for got, part in ((codes, expected), (absmax, expected_absmax), (decoded, wanted)):
+            assert all(torch.equal(piece, part[: len(piece)]) for piece in got.split(64))
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
 @pytest.mark.parametrize("format", BLOCK_FORMATS)
 def test_around_every_bound(format, isa):
     """Middles between neighbouring codes, one step to either side, with the block's largest weight 1 (or the step)."""

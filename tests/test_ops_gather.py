@@ -80,6 +80,19 @@ def test_gather_gradient(shape, dtype):
     torch.testing.assert_close(x.grad.double(), oracles.combine(grad.double(), inverse, None), **tolerance(dtype))
 
 
+@pytest.mark.parametrize("hidden_size", [2048, 2041])
+def test_results_too_large_for_the_caches(hidden_size):
+    """They are stored past the caches where rows are aligned, and as usual where not."""
+    x, index = torch.randn(4200, hidden_size).bfloat16(), routed(4200, 2, 4)
+    permuted, _, inverse = ops.expert_gather(x, index, 4)
+    rows = torch.cat((x, x.new_zeros(1, hidden_size)))
+    token = torch.full((8400,), 4200)
+    token[inverse[inverse >= 0].long()] = torch.arange(4200)[:, None].expand(-1, 2)[inverse >= 0]
+    assert torch.equal(permuted, rows[token])
+    expected = x.float() * (inverse >= 0).sum(1, keepdim=True)
+    assert torch.equal(ops.expert_scatter(permuted, inverse, None), expected.bfloat16())
+
+
 def test_scatter_rows_no_pair_owns_get_zero_gradient():
     permuted = torch.randn(5, 4, requires_grad=True)
     inverse = torch.tensor([[3, -1], [0, 2]], dtype=torch.int32)

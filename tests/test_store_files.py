@@ -202,7 +202,7 @@ def write_index(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda index: index.update(format_version=2), "format_version 2; this usaf_ext reads 1 to 1"),
+        (lambda index: index.update(format_version=3), "format_version 3; this usaf_ext reads 1 to 2"),
         (lambda index: index.update(format_version="1"), "format_version '1'"),
         (lambda index: index.update(format_version=0), "format_version 0"),
         (lambda index: index.update(kind="other"), "not the index of a usaf store"),
@@ -210,6 +210,9 @@ def write_index(folder: Path, change) -> None:
         (lambda index: index.update(hidden_size=0), "not a store's index"),
         (lambda index: index.update(hidden_size=136), "page layout"),
         (lambda index: index["matrices"][1].update(block_axis="intermediate_size"), "page layout"),
+        (lambda index: index["matrices"][2].update(block_axis="intermediate_size"), "multiples of 64"),
+        (lambda index: index["matrices"][2].update(block_axis="rows"), "not a store's index"),
+        (lambda index: index["matrices"].pop(), "not a store's index: IndexError"),
         (lambda index: index.update(num_experts=4), r"page \(0, 3\) is in none of its files|layers"),
         (lambda index: index.update(num_experts=2), "unexpected tensor"),
         (lambda index: index.pop("files"), "not a store's index: KeyError"),

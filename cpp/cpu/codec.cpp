@@ -14,9 +14,9 @@ namespace usaf::cpu {
 namespace {
 
 // The functions of each instruction set. Rows end in what does not fill a block, which is left to the plain loops.
-// kStream: `out` is aligned to 64 bytes and too large for the caches, so stores may go past them.
+// kStream: what is written is aligned to 64 bytes and too large for the caches, so stores may go past them.
 struct Plain {
-  template <Format kFormat, class T>
+  template <Format kFormat, bool kStream, class T>
   static void encode_row(const T* weight, int64_t cols, uint8_t* codes, void* absmax) {
     encode_row_generic<kFormat>(weight, cols, codes, absmax);
   }
@@ -33,7 +33,7 @@ struct Plain {
 
 #ifdef USAF_HAS_ISA_LEVELS
 struct Avx2 {
-  template <Format kFormat, class T>
+  template <Format kFormat, bool kStream, class T>
   USAF_AVX2 static void encode_row(const T* weight, int64_t cols, uint8_t* codes, void* absmax) {
     encode_row_generic<kFormat>(weight, cols, codes, absmax);
   }
@@ -56,16 +56,16 @@ struct Avx2 {
 };
 
 struct Avx512 {
-  template <Format kFormat, class T>
+  template <Format kFormat, bool kStream, class T>
   USAF_AVX512 static void encode_row(const T* weight, int64_t cols, uint8_t* codes, void* absmax) {
     if constexpr (kFormat == Format::bf16) {
       auto* out = reinterpret_cast<Bf16*>(codes);
-      const int64_t done = std::is_same_v<T, Bf16> ? 0 : avx512::convert_groups<false>(weight, cols, out);
+      const int64_t done = std::is_same_v<T, Bf16> && !kStream ? 0 : avx512::convert_groups<kStream>(weight, cols, out);
       convert(weight + done, cols - done, out + done);
     } else {
       const int64_t blocks = cols / kBlockSize, done = blocks * kBlockSize;
       auto* scales = static_cast<typename BlockCodec<kFormat>::Scale*>(absmax);
-      avx512::encode_blocks<kFormat>(weight, blocks, codes, scales);
+      avx512::encode_blocks<kFormat, kStream>(weight, blocks, codes, scales);
       encode_row_generic<kFormat>(weight + done, cols - done, codes + used_bytes(kFormat, done), scales + blocks);
     }
   }
@@ -127,6 +127,11 @@ constexpr int64_t kCacheLine = 64;
 
 int64_t absmax_bytes(Format format, int64_t cols) { return num_blocks(format, cols) * scale_bytes(format); }
 
+void clear_padding(Format format, int64_t cols, uint8_t* codes) {
+  const int64_t used = used_bytes(format, cols);
+  std::memset(codes + used, 0, static_cast<size_t>(code_bytes(format, cols) - used));
+}
+
 }  // namespace
 
 template <class T>
@@ -139,10 +144,9 @@ void decode_row(Format format, const uint8_t* codes, const void* absmax, int64_t
 template <class T>
 void encode_row(Format format, const T* weight, int64_t cols, uint8_t* codes, void* absmax) {
   with_format(format, [&]<Format kFormat>() {
-    with_isa([&]<class Set>() { Set::template encode_row<kFormat>(weight, cols, codes, absmax); });
+    with_isa([&]<class Set>() { Set::template encode_row<kFormat, false>(weight, cols, codes, absmax); });
   });
-  const int64_t used = used_bytes(format, cols);
-  std::memset(codes + used, 0, static_cast<size_t>(code_bytes(format, cols) - used));
+  clear_padding(format, cols, codes);
 }
 
 void decode_rows_of(Format format, const EncodedRows& rows, int64_t num_rows, int64_t cols, Bf16* out,
@@ -174,7 +178,7 @@ void encode_block(Format format, const float* weight, int64_t count, const uint3
       if (random) {
         Set::template encode_stochastic<kFormat>(weight, count, random, codes, absmax);
       } else {
-        Set::template encode_row<kFormat>(weight, count, codes, absmax);
+        Set::template encode_row<kFormat, false>(weight, count, codes, absmax);
       }
     });
   });
@@ -186,13 +190,23 @@ void decode_block(Format format, const uint8_t* codes, const void* absmax, int64
 
 void encode_rows(const EncodeRowsArgs& args, void*) {
   const int64_t stride = code_bytes(args.format, args.cols), scale_stride = absmax_bytes(args.format, args.cols);
+  const bool stream = may_stream(args.codes, args.num_rows, stride, stride, 1);
+  auto* absmax = static_cast<uint8_t*>(args.absmax);
   with_type(args.weight_dtype, [&]<class T>(T) {
-    const T* weight = static_cast<const T*>(args.weight);
-    auto* absmax = static_cast<uint8_t*>(args.absmax);
-    parallel_for(args.num_rows, args.cols, [&](int64_t r) {
-      const int64_t row = args.row_index ? args.row_index[r] : r;
-      encode_row(args.format, weight + r * args.weight_stride, args.cols, args.codes + row * stride,
-                 absmax + row * scale_stride);
+    with_format(args.format, [&]<Format kFormat>() {
+      with_isa([&]<class Set>() {
+        const T* weight = static_cast<const T*>(args.weight);
+        const auto encode =
+            stream ? Set::template encode_row<kFormat, true, T> : Set::template encode_row<kFormat, false, T>;
+        parallel_for_runs(args.num_rows, args.cols, [&](int64_t first, int64_t last) {
+          for (int64_t r = first; r < last; ++r) {
+            const int64_t row = args.row_index ? args.row_index[r] : r;
+            encode(weight + r * args.weight_stride, args.cols, args.codes + row * stride, absmax + row * scale_stride);
+            clear_padding(args.format, args.cols, args.codes + row * stride);
+          }
+          if (stream) stream_fence();
+        });
+      });
     });
   });
 }

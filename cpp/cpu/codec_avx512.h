@@ -70,6 +70,14 @@ USAF_AVX512 inline void store_bytes(void* to, __m512i value) {
     _mm512_storeu_si512(to, value);
   }
 }
+template <bool kStream>
+USAF_AVX512 inline void store_half(void* to, __m256i value) {
+  if constexpr (kStream) {
+    _mm256_stream_si256(static_cast<__m256i*>(to), value);
+  } else {
+    _mm256_storeu_si256(static_cast<__m256i*>(to), value);
+  }
+}
 // 32 weights.
 template <bool kStream>
 USAF_AVX512 inline void store(float* to, __m512 low, __m512 high) {
@@ -216,7 +224,7 @@ USAF_AVX512 inline __m512 store_scales(__m512 absmax, __mmask16 blocks, typename
   }
 }
 
-template <Format kFormat, class T>
+template <Format kFormat, bool kStream, class T>
 USAF_AVX512 inline void encode_block(const T* weight, float inverse, uint8_t* codes) {
   __m512i code[4];
   for (int i = 0; i < 4; ++i) {
@@ -224,14 +232,14 @@ USAF_AVX512 inline void encode_block(const T* weight, float inverse, uint8_t* co
   }
   const __m512i bytes = pack_bytes<kFormat>(code);
   if constexpr (is_nf4(kFormat)) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), pack_nibbles(bytes));
+    store_half<kStream>(codes, pack_nibbles(bytes));
   } else {
-    _mm512_storeu_si512(codes, bytes);
+    store_bytes<kStream>(codes, bytes);
   }
 }
 
 // 16 blocks at a time: all their scales at once, while the weights stay in the first-level cache.
-template <Format kFormat, class T>
+template <Format kFormat, bool kStream, class T>
 USAF_AVX512 inline void encode_blocks(const T* weight, int64_t num_blocks, uint8_t* codes,
                                       typename BlockCodec<kFormat>::Scale* scales) {
   for (int64_t first = 0; first < num_blocks; first += 16) {
@@ -244,8 +252,8 @@ USAF_AVX512 inline void encode_blocks(const T* weight, int64_t num_blocks, uint8
     const __m512 bounded = _mm512_max_ps(step, _mm512_set1_ps(kMinStep));
     _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), bounded));
     for (int64_t b = 0; b < count; ++b) {
-      encode_block<kFormat>(weight + (first + b) * kBlockSize, inverse[b],
-                            codes + (first + b) * used_bytes(kFormat, kBlockSize));
+      encode_block<kFormat, kStream>(weight + (first + b) * kBlockSize, inverse[b],
+                                     codes + (first + b) * used_bytes(kFormat, kBlockSize));
     }
   }
 }

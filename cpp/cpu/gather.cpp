@@ -46,27 +46,27 @@ struct WeightedRows {
   int64_t num_next;
 };
 
-constexpr int64_t kLine = 64;  // bytes of a cache line
+constexpr int64_t kAheadBytes = 1024;  // how far before their use a row's lines are asked for
 
 // out = sum over the rows, ascending, of weight * row. The sums of a cache line's columns stay in registers.
 template <class T>
 USAF_ALWAYS_INLINE void sum_rows(const WeightedRows& from, int64_t count, T* out) {
-  constexpr int64_t kWidth = kLine / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kWidth = kLineLanes<T> * kLanes;
+  constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
   int64_t column = 0;
   for (; column + kWidth <= count; column += kWidth) {
-    Lanes sum[kWidth / kLanes] = {};
+    Line<T> sum = {};
     for (int64_t k = 0; k < from.num_rows; ++k) {
-      const T* row = static_cast<const T*>(from.rows[k]) + column;
-      for (int64_t i = 0; i < kWidth / kLanes; ++i) {
-        Lanes value;
-        load_lanes(row + i * kLanes, value);
-        sum[i] += from.weights[k] * value;
-      }
+      Line<T> line;
+      load_line(static_cast<const T*>(from.rows[k]) + column, line);
+      for (int64_t i = 0; i < kLineLanes<T>; ++i) sum[i] += from.weights[k] * line[i];
     }
-    for (int64_t k = 0; k < from.num_next; ++k) {
-      __builtin_prefetch(static_cast<const T*>(from.next[k]) + column, 0, 3);
+    const bool wraps = column + kAhead >= count;
+    const int64_t ahead = column + kAhead - (wraps ? count : 0), num_ahead = wraps ? from.num_next : from.num_rows;
+    for (int64_t k = 0; k < num_ahead; ++k) {
+      __builtin_prefetch(static_cast<const T*>(wraps ? from.next[k] : from.rows[k]) + ahead);
     }
-    for (int64_t i = 0; i < kWidth / kLanes; ++i) store_lanes(sum[i], out + column + i * kLanes);
+    store_line(sum, out + column);
   }
   for (; column < count; ++column) {
     float sum = 0.0f;
@@ -154,9 +154,12 @@ void combine_rows(const CombineRowsArgs& args, void*) {
   with_type(args.dtype, [&]<class T>(T) {
     const T* permuted = static_cast<const T*>(args.permuted);
     T* out = static_cast<T*>(args.out);
+    const int64_t row_bytes = args.hidden_size * int64_t{sizeof(T)};
+    const bool stream = may_stream(out, args.num_tokens, row_bytes, row_bytes, 1);
     parallel_for_runs(args.num_tokens, args.hidden_size * (args.top_k + 1), [&](int64_t first, int64_t last) {
       std::vector<const void*> rows, next;
       std::vector<float> weights, next_weights;
+      std::vector<T> combined(static_cast<size_t>(stream ? args.hidden_size : 0));
       const auto list = [&](int64_t t) {  // the rows of token t, into next
         next.clear();
         next_weights.clear();
@@ -171,10 +174,13 @@ void combine_rows(const CombineRowsArgs& args, void*) {
         rows.swap(next);
         weights.swap(next_weights);
         list(t + 1);
+        T* to = out + t * args.hidden_size;
         combine_row({rows.data(), weights.data(), static_cast<int64_t>(rows.size()), next.data(),
                      static_cast<int64_t>(next.size())},
-                    args.hidden_size, out + t * args.hidden_size);
+                    args.hidden_size, stream ? combined.data() : to);
+        if (stream) stream_copy(combined.data(), row_bytes, to);
       }
+      if (stream) stream_fence();
     });
   });
 }

@@ -41,6 +41,47 @@ USAF_ALWAYS_INLINE void store_lanes(const Lanes& lanes, T* values) {
   for (int64_t i = 0; i < kLanes; ++i) values[i] = from_float<T>(wide[i]);
 }
 
+// The numbers of one cache line. Which lane holds which column is up to the type: a sum over rows does not mind.
+inline constexpr int64_t kLineBytes = 64;
+template <class T>
+inline constexpr int64_t kLineLanes = kLineBytes / (static_cast<int64_t>(sizeof(T)) * kLanes);
+template <class T>
+using Line = Lanes[kLineLanes<T>];
+
+template <class T>
+USAF_ALWAYS_INLINE void load_line(const T* values, Line<T>& line) {
+  for (int64_t i = 0; i < kLineLanes<T>; ++i) load_lanes(values + i * kLanes, line[i]);
+}
+template <class T>
+USAF_ALWAYS_INLINE void store_line(const Line<T>& line, T* values) {
+  for (int64_t i = 0; i < kLineLanes<T>; ++i) store_lanes(line[i], values + i * kLanes);
+}
+
+// Even columns, then odd ones: the low and the high halves of 16 words (little-endian, as all our targets).
+using Words = uint32_t __attribute__((vector_size(64)));
+USAF_ALWAYS_INLINE void load_line(const Bf16* values, Line<Bf16>& line) {
+  Words words;
+  std::memcpy(&words, values, sizeof words);
+  const Words even = words << 16, odd = words & 0xffff0000u;
+  std::memcpy(&line[0], &even, sizeof even);
+  std::memcpy(&line[1], &odd, sizeof odd);
+}
+// to_bf16 of numerics/bfloat16.h in the high halves.
+USAF_ALWAYS_INLINE void round_to_bf16(const Lanes& lanes, Words& words) {
+  Words bits;
+  std::memcpy(&bits, &lanes, sizeof bits);
+  const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Words is_nan = Words((bits & 0x7fffffffu) > 0x7f800000u);
+  words = (is_nan & (bits | 0x400000u)) | (~is_nan & nearest);
+}
+USAF_ALWAYS_INLINE void store_line(const Line<Bf16>& line, Bf16* values) {
+  Words even, odd;
+  round_to_bf16(line[0], even);
+  round_to_bf16(line[1], odd);
+  const Words words = (even >> 16) | (odd & 0xffff0000u);
+  std::memcpy(values, &words, sizeof words);
+}
+
 // The lanes' sum as a tree: lane i with i + 8, then i + 4, i + 2, i + 1.
 USAF_ALWAYS_INLINE float sum_lanes(const Lanes& lanes) {
   float value[kLanes];

@@ -30,9 +30,11 @@ cpu::RowOverlay overlay(const RowBank* bank, int64_t expert, int matrix) {
 }  // namespace
 
 bool panels_available(const ExpertLayer& layer) {
-  // The GEMM takes the depth in pairs.
-  const bool even = layer.layout().hidden_size % 2 == 0 && layer.layout().intermediate_size % 2 == 0;
-  return even && layer.dtype() == DType::bf16 && cpu::panels_supported() && brgemm_available();
+  const PageLayout& layout = layer.layout();
+  // The GEMM takes the depth in pairs; a bank's rows are rows of the encoded matrix.
+  const bool fits =
+      layout.hidden_size % 2 == 0 && layout.intermediate_size % 2 == 0 && layout.down_axis == DownAxis::hidden;
+  return fits && layer.dtype() == DType::bf16 && cpu::panels_supported() && brgemm_available();
 }
 
 PanelExperts::PanelExperts(const ExpertLayer& layer, const MicroBatches& batches)

@@ -153,6 +153,16 @@ class CheckpointFolder:
         found = {path for pattern in SUPPORT_FILE_PATTERNS for path in self.path.glob(pattern) if path.is_file()}
         return sorted(found)
 
+    def copy_support_files(self, folder: Path) -> list[str]:
+        """Write `support_files` into `folder`; returns their names."""
+        files = self.support_files()
+        for file in files:
+            (folder / file.name).write_bytes(self._support_bytes(file))
+        return [file.name for file in files]
+
+    def _support_bytes(self, file: Path) -> bytes:
+        return file.read_bytes()
+
     def read_tensor(self, key: str) -> torch.Tensor:
         """One whole tensor in the checkpoint's dtype. Raises KeyError for an unknown key."""
         if key not in self.tensors:

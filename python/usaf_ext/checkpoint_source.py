@@ -1,18 +1,24 @@
-"""Reading a plain Hugging Face checkpoint (safetensors, one file or sharded), one expert at a time.
+"""Reading a plain Hugging Face checkpoint (safetensors, one file or sharded), one expert at a time; also one whose
+linear layers bitsandbytes quantised to NF4 (transformers' `load_in_4bit`), which looks like a plain one here.
 
 `ModelSource` never unpickles and never holds more than the slice that was asked for.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .bitsandbytes_nf4 import PackedWeight, find_packed, is_bitsandbytes
 from .checkpoint_folder import CheckpointFolder, resolve_folder
-from .errors import StoreError
+from .errors import StoreError, named
+from .safetensors_io import TensorInfo
 
 STORE_INDEX_NAME = "usaf_store.json"
 
@@ -66,23 +72,34 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def checkpoint_key(folder: CheckpointFolder, parameter: str) -> str:
-    """The key under which a checkpoint holds a model's parameter. Raises StoreError when it has none."""
+def find_checkpoint_key(folder: CheckpointFolder, parameter: str) -> str | None:
+    """The key under which a checkpoint holds a model's parameter, or None when it has none."""
     renames = [rename for layout in EXPERT_LAYOUTS for rename in layout.module_renames]
-    for key in (parameter, *(parameter.replace(ours, theirs) for theirs, ours in renames)):
-        if key in folder.tensors:
-            return key
-    raise StoreError(f"{folder.path}: no tensor for the parameter {parameter!r}")
+    keys = (parameter, *(parameter.replace(ours, theirs) for theirs, ours in renames))
+    return next((key for key in keys if key in folder.tensors), None)
+
+
+def checkpoint_key(folder: CheckpointFolder, parameter: str) -> str:
+    """As `find_checkpoint_key`. Raises StoreError when it has none."""
+    key = find_checkpoint_key(folder, parameter)
+    if key is None:
+        raise StoreError(f"{folder.path}: no tensor for the parameter {parameter!r}")
+    return key
 
 
 class ModelSource(CheckpointFolder):
     """A plain Mixture-of-Experts checkpoint. Make it with `ModelSource.open`.
+
+    Weights that bitsandbytes quantised to NF4 ("packed") appear as plain ones: `tensors` has their decoded shape and
+    dtype and not what belongs to them, reading one decodes it, and a copied config.json has no quantization_config.
 
     Attributes:
         layer_names: the experts modules as transformers names them, MoE layers only, in order.
         num_experts, hidden_size, intermediate_size: sizes, the same for every layer.
         dtype: torch dtype of the expert weights.
         layout: the ExpertLayout of its keys.
+        packed: the NF4 weights, experts or not, by key.
+        packed_experts: whether the experts are NF4 weights.
     """
 
     layer_names: list[str]
@@ -91,6 +108,9 @@ class ModelSource(CheckpointFolder):
     intermediate_size: int
     dtype: torch.dtype
     layout: ExpertLayout
+    packed: dict[str, PackedWeight]
+    packed_experts: bool
+    _stored: dict[str, TensorInfo]  # the tensors that the files really have
     _keys: list[list[list[str]]]  # [layer][expert] -> keys in the layout's order
     _expert_keys: set[str]
 
@@ -99,18 +119,34 @@ class ModelSource(CheckpointFolder):
         """Open a checkpoint folder or hub id. Reads headers only.
 
         Raises StoreError when files or experts are missing, shapes differ, the checkpoint is pickled, already
-        quantised, a usaf store, or has no experts in a known layout.
+        quantised (but by bitsandbytes to NF4), a usaf store, or has no experts in a known layout.
         """
         folder = resolve_folder(path)
         if (folder / STORE_INDEX_NAME).exists():
             raise StoreError(f"{folder}: a usaf store; the original checkpoint is needed here")
         source = super().open(folder)
+        source.packed, source._stored = {}, source.tensors
         quantization = source.config.get("quantization_config")
-        if quantization is not None:
+        if is_bitsandbytes(quantization):
+            source._unpack()
+        elif quantization is not None:
             method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
             raise StoreError(f"{source.path}: already quantised ({method}); a plain checkpoint is needed")
         source._find_experts()
         return source
+
+    def _unpack(self) -> None:
+        """Let packed weights stand in `tensors` as what they decode to."""
+        with named(self.path):
+            self.packed, parts = find_packed(self.tensors, self._read_stored)
+        self.tensors = {
+            key: self.packed[key].info if key in self.packed else info
+            for key, info in self._stored.items()
+            if key not in parts
+        }
+
+    def _read_stored(self, key: str) -> torch.Tensor:
+        return self._handle(self._stored[key].file).get_tensor(key)
 
     def _find_experts(self) -> None:
         found: dict[str, dict[tuple[int, str], str]] = {}  # module -> (expert, matrix) -> key
@@ -153,6 +189,13 @@ class ModelSource(CheckpointFolder):
             [[self._expert_key(found[name], name, e, m) for m in layout.matrices] for e in experts]
             for name in self.layer_names
         ]
+        num_packed = len(self._expert_keys & self.packed.keys())
+        self.packed_experts = num_packed > 0
+        if num_packed not in (0, len(self._expert_keys)):
+            plain = min(self._expert_keys - self.packed.keys())
+            raise StoreError(f"{self.path}: some experts are in NF4, {plain} is not; expected all of them, or none")
+        if self.packed_experts and layout.fused:
+            raise StoreError(f"{self.path}: fused experts in NF4; only per-expert ones can be imported")
         self._check_shapes()
 
     def _expert_key(self, keys: dict[tuple[int, str], str], module: str, expert: int, matrix: str) -> str:
@@ -203,11 +246,17 @@ class ModelSource(CheckpointFolder):
 
         Raises StoreError naming the key for non-finite weights, IndexError for a layer or expert out of range.
         """
+        return self._expert(layer, expert, self.dtype)
+
+    def _expert(
+        self, layer: int, expert: int, packed_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self._check_index(layer, expert)
         keys = self._keys[layer][expert]
         if self.layout.fused:
-            gate_up, down = (self._slice(key)[expert] for key in keys)
-            parts = [gate_up, down]
+            parts = [self._slice(key)[expert] for key in keys]
+        elif self.packed_experts:
+            parts = [self._decode(key, packed_dtype) for key in keys]
         else:
             parts = [self._slice(key)[:] for key in keys]
         for key, part in zip(keys, parts):
@@ -218,13 +267,46 @@ class ModelSource(CheckpointFolder):
             return gate, up, parts[1]
         return parts[0], parts[1], parts[2]
 
+    def packed_expert(self, layer: int, expert: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Codes uint8 [I * H / 2] and absmax float32 [I * H / 64] of gate, up and down, where experts are packed.
+
+        Raises as `expert`.
+        """
+        self._check_index(layer, expert)
+        with named(self.path):
+            return [self.packed[key].encoded(self._read_stored) for key in self._keys[layer][expert]]
+
+    def _decode(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        with named(self.path):
+            return self.packed[key].decode(self._read_stored, dtype)
+
+    def read_tensor(self, key: str) -> torch.Tensor:
+        return self._decode(key, self.packed[key].dtype) if key in self.packed else super().read_tensor(key)
+
+    def tensor_bytes(self, key: str, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
+        if key not in self.packed:
+            yield from super().tensor_bytes(key, chunk_bytes)
+            return
+        raw = self.read_tensor(key).reshape(-1).view(torch.uint8).numpy()
+        for begin in range(0, raw.size, chunk_bytes):
+            yield raw[begin : begin + chunk_bytes].tobytes()
+
+    def _support_bytes(self, file: Path) -> bytes:
+        if not self.packed or file.name != "config.json":
+            return super()._support_bytes(file)
+        config: dict[str, Any] = {key: value for key, value in self.config.items() if key != "quantization_config"}
+        return (json.dumps(config, indent=2) + "\n").encode()
+
     def neurons(self, layer: int, expert: int, neurons: torch.Tensor) -> torch.Tensor:
-        """Rows [n, 3, H] (gate, up, down^T) of the given neurons (int tensor [n]), in the checkpoint's dtype."""
+        """Rows [n, 3, H] (gate, up, down^T) of the given neurons (int tensor [n]), in the checkpoint's dtype.
+
+        Of packed experts in float32, as their codes decode: what the model computes with before it rounds.
+        """
         if neurons.dtype not in (torch.int32, torch.int64) or neurons.dim() != 1:
             raise TypeError(f"neurons: expected a 1-dimensional int32 or int64 tensor, got {neurons.dtype}")
         if neurons.numel() and not 0 <= int(neurons.min()) <= int(neurons.max()) < self.intermediate_size:
             raise IndexError(f"neurons: expected values in [0, {self.intermediate_size})")
-        gate, up, down = self.expert(layer, expert)
+        gate, up, down = self._expert(layer, expert, torch.float32)
         picked = neurons.to("cpu", torch.int64)
         return torch.stack([gate[picked], up[picked], down[:, picked].T], dim=1)
 

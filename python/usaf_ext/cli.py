@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help="backends, devices, threads and versions")
 
     quantize = commands.add_parser("quantize", help="write a checkpoint's experts as a quantised store")
-    quantize.add_argument("model", metavar="MODEL", help="a Hugging Face checkpoint folder")
+    quantize.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face checkpoint folder; one in bitsandbytes' NF4 is imported"
+    )
     quantize.add_argument("store", metavar="STORE", help="the folder to write")
     quantize.add_argument("--format", choices=_C.FORMATS, default="nf4", help="weight format (default: nf4)")
 

@@ -1,5 +1,11 @@
 """The errors of usaf_ext. Bad arguments raise TypeError or ValueError; these are for everything else."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UsafError(RuntimeError):
     """Base of every error that is usaf_ext's own."""
@@ -15,3 +21,12 @@ class BudgetError(UsafError):
 
 class DeviceError(UsafError):
     """A device call failed."""
+
+
+@contextmanager
+def named(where: str | os.PathLike) -> Iterator[None]:
+    """Put `where` before the text of a StoreError that is raised inside."""
+    try:
+        yield
+    except StoreError as error:
+        raise StoreError(f"{where}: {error}") from error

@@ -328,8 +328,7 @@ def export(
     job = _Export(source, store, banks, router, base, dtype)
     plan = job.plan()
     with atomic_directory(target) as folder:
-        for file in source.support_files():
-            (folder / file.name).write_bytes(file.read_bytes())
+        source.copy_support_files(folder)
         if not job.from_source:
             _set_dtype(folder / "config.json", job.dtype)
         for name, entries in plan.items():

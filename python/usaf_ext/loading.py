@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .bitsandbytes_nf4 import is_bitsandbytes
 from .checkpoint_source import ModelSource, resolve_folder
 from .delta import apply_delta
 from .errors import StoreError
@@ -68,12 +69,15 @@ def load_model(
         delta, base = checkpoint.delta, run.base
         format = delta.format if format is None else format
     folder = resolve_folder(base)
+    model_config = AutoConfig.from_pretrained(folder)
+    if is_bitsandbytes(getattr(model_config, "quantization_config", None)):
+        del model_config.quantization_config  # beside it transformers would not take ours
     if dtype is None:
-        dtype = AutoConfig.from_pretrained(folder).dtype or torch.float32
+        dtype = model_config.dtype or torch.float32
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype} (name one)")
     config = UsafConfig(format=format, device_budget=device_budget, originals=originals, host_budget=host_budget)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=model_config, quantization_config=config, dtype=dtype)
     if delta is not None:
         apply_delta(model, delta, trainable=False)
     return LoadedModel(model, AutoTokenizer.from_pretrained(folder), folder, originals_of(model), run)

@@ -14,15 +14,24 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import _C, ops
-from .errors import StoreError
+from . import _C
+from .errors import StoreError, named
+from .expert_page import (
+    Encoded,
+    check_encoded,
+    decode_expert,
+    describe_page,
+    encode_expert,
+    fill_page,
+    neuron_rows,
+)
 from .sizes import parse_size
 from .store_files import STORE_INDEX_NAME, check_files, is_store, page_places, read_index, read_page, write_folder
 
@@ -32,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHARD_BYTES = 4 << 30
-_MATRICES = ("gate", "up", "down")
 TIERS = ("memory", "disk")
 
 
@@ -50,6 +58,8 @@ class ExpertStore:
         layer_names: names of the experts modules, one per MoE layer.
         num_layers, num_experts, hidden_size, intermediate_size: sizes, the same for every layer.
         format: one of `_C.FORMATS`.
+        down_axis: "hidden", or "intermediate" where experts were imported from bitsandbytes: what quantisation blocks
+            of W_down run along. Those of gate and up run along hidden_size.
         layout: the page's layout (`_C.PageLayout`).
         source_path, fingerprint: of the checkpoint it was quantised from, or None.
     """
@@ -61,6 +71,7 @@ class ExpertStore:
         hidden_size: int,
         intermediate_size: int,
         format: str,
+        down_axis: str = "hidden",
         *,
         source_path: str | None = None,
         fingerprint: str | None = None,
@@ -77,9 +88,10 @@ class ExpertStore:
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.format = format
+        self.down_axis = down_axis
         self.source_path = source_path
         self.fingerprint = fingerprint
-        self.layout = _C.PageLayout(format, hidden_size, intermediate_size)
+        self.layout = _C.PageLayout(format, hidden_size, intermediate_size, down_axis)
         self._native: _C.ExpertStore | None = None
 
     @property
@@ -93,36 +105,62 @@ class ExpertStore:
 
     @classmethod
     def create(
-        cls, layer_names: list[str], num_experts: int, hidden_size: int, intermediate_size: int, format: str = "nf4"
+        cls,
+        layer_names: list[str],
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        format: str = "nf4",
+        *,
+        down_axis: str = "hidden",
     ) -> ExpertStore:
-        """An empty store to fill with `write_expert`.
+        """An empty store to fill with `write_expert` or `write_encoded_expert`.
 
         Raises:
-            ValueError: sizes below 1, an unknown format, names that repeat.
-            StoreError: the memory cannot be had.
+            ValueError: sizes below 1, an unknown format or down_axis, names that repeat.
+            StoreError: the memory cannot be had; down_axis "intermediate" with another format than "nf4", or with sizes
+                that are not multiples of 64.
         """
-        store = cls(layer_names, num_experts, hidden_size, intermediate_size, format)
+        store = cls(layer_names, num_experts, hidden_size, intermediate_size, format, down_axis)
         store._map()
         return store
 
     @classmethod
-    def _like(cls, source: ModelSource, format: str) -> ExpertStore:
-        return cls(
-            source.layer_names,
-            source.num_experts,
-            source.hidden_size,
-            source.intermediate_size,
-            format,
-            source_path=str(Path(source.path).resolve()),
-            fingerprint=source.fingerprint,
-        )
+    def unfilled(cls, source: ModelSource, format: str) -> ExpertStore:
+        """A store of a checkpoint's sizes, whose memory is not mapped yet.
+
+        Experts that bitsandbytes quantised are imported as they are: in format "nf4" and down_axis "intermediate".
+
+        Raises:
+            ValueError: an unknown format, or another than "nf4" for such a checkpoint.
+            StoreError: such a checkpoint has sizes that are not multiples of 64.
+        """
+        if source.packed_experts and format != "nf4":
+            raise ValueError(
+                f"format: {source.path} holds experts in bitsandbytes' NF4, which are imported as they are: "
+                f"expected 'nf4', got {format!r}"
+            )
+        with named(source.path):
+            return cls(
+                source.layer_names,
+                source.num_experts,
+                source.hidden_size,
+                source.intermediate_size,
+                format,
+                "intermediate" if source.packed_experts else "hidden",
+                source_path=str(Path(source.path).resolve()),
+                fingerprint=source.fingerprint,
+            )
 
     @classmethod
     def quantize(cls, source: ModelSource, format: str = "nf4") -> ExpertStore:
-        """Quantise a checkpoint's experts, reading one at a time, and seal. Shows a progress bar on a terminal."""
-        store = cls._like(source, format)
+        """Quantise a checkpoint's experts, reading one at a time, and seal. Shows a progress bar on a terminal.
+
+        Raises as `unfilled`; StoreError for weights or codes that cannot be read or are not finite.
+        """
+        store = cls.unfilled(source, format)
         for layer, expert in store._progress():
-            store.write_expert(layer, expert, *source.expert(layer, expert))
+            fill_page(store.layout, store._writable_page(layer, expert), store._encoded(source, layer, expert))
         source.close()
         store.seal()
         return store
@@ -134,17 +172,23 @@ class ExpertStore:
         """Quantise a checkpoint's experts straight into a store's folder, one expert in memory at a time; opened from
         there in the tier "disk". The folder is the one that `quantize` and `save` write, and raises as they do.
         """
-        store = cls._like(source, format)
+        store = cls.unfilled(source, format)
 
         def encoded() -> Iterator[np.ndarray]:
             for layer, expert in store._progress():
                 page = np.zeros(store.layout.page_bytes, dtype=np.uint8)
-                store._encode(page, layer, expert, *source.expert(layer, expert))
+                fill_page(store.layout, page, store._encoded(source, layer, expert))
                 yield page
 
         store._write_folder(path, source, encoded(), shard_bytes)
         source.close()
         return cls.open(path, verify=False, tier="disk")
+
+    def _encoded(self, source: ModelSource, layer: int, expert: int) -> list[Encoded]:
+        """What a checkpoint's expert becomes in this store."""
+        if source.packed_experts:
+            return source.packed_expert(layer, expert)
+        return encode_expert(self.layout, *source.expert(layer, expert), f"layer {layer}, expert {expert}")
 
     @property
     def bytes(self) -> int:
@@ -177,32 +221,31 @@ class ExpertStore:
             StoreError: the store is sealed, or layer or expert are out of range.
             The page is as it was after each of these.
         """
+        page = self._writable_page(layer, expert)
+        fill_page(self.layout, page, encode_expert(self.layout, gate, up, down, f"layer {layer}, expert {expert}"))
+
+    def write_encoded_expert(self, layer: int, expert: int, gate: Encoded, up: Encoded, down: Encoded) -> None:
+        """Put one expert that is encoded already into its page, bit for bit.
+
+        Args:
+            gate, up, down: pairs of codes (uint8) and absmax (`ops.scale_dtype(format)`), in row-major order and of any
+                shape. In down_axis "intermediate" they are what bitsandbytes' quantize_4bit gives for gate, up
+                [intermediate_size, hidden_size] and down [hidden_size, intermediate_size] in NF4 with blocks of 64; in
+                down_axis "hidden" what `ops.quantize_blocks` gives for gate, up and the transpose of down.
+
+        Raises:
+            TypeError, ValueError: a wrong dtype or size, or an absmax that is not finite (naming layer, expert and
+                matrix).
+            StoreError: as `write_expert`. The page is as it was after each of these.
+        """
+        encoded = [gate, up, down]
+        check_encoded(self.layout, encoded, f"layer {layer}, expert {expert}")
+        fill_page(self.layout, self._writable_page(layer, expert), encoded)
+
+    def _writable_page(self, layer: int, expert: int) -> np.ndarray:
         if self.sealed:
             raise StoreError("the store is sealed: its pages are read-only")
-        page = np.frombuffer(self.native.page(layer, expert), dtype=np.uint8)
-        self._encode(page, layer, expert, gate, up, down)
-
-    def _encode(self, page: np.ndarray, layer: int, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        rows, cols = self.intermediate_size, self.hidden_size
-        encoded = []
-        for name, weight, shape in zip(_MATRICES, (gate, up, down), ((rows, cols), (rows, cols), (cols, rows))):
-            where = f"{name} of layer {layer}, expert {expert}"
-            if not isinstance(weight, Tensor) or not weight.is_floating_point():
-                found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-                raise TypeError(f"{where}: expected a tensor of a floating dtype, got {found}")
-            if tuple(weight.shape) != shape:
-                raise ValueError(f"{where}: expected shape {shape}, got {tuple(weight.shape)}")
-            if weight.dtype != torch.bfloat16:
-                weight = weight.float()
-            weight = weight.detach().cpu()
-            try:
-                encoded.append(ops.quantize_blocks((weight.T if name == "down" else weight).contiguous(), self.format))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-        for matrix, (codes, absmax) in enumerate(encoded):
-            for start, part in ((self.layout.codes_offset, codes), (self.layout.absmax_offset, absmax)):
-                raw = part.contiguous().view(torch.uint8).numpy().reshape(-1)
-                page[start[matrix] : start[matrix] + raw.size] = raw
+        return np.frombuffer(self.native.page(layer, expert), dtype=np.uint8)
 
     def _page(self, layer: int, expert: int) -> np.ndarray:
         """A page's bytes: its place in memory, or read from disk."""
@@ -212,20 +255,11 @@ class ExpertStore:
         self.native.read_page(layer, expert, buffer)
         return np.frombuffer(buffer, dtype=np.uint8)
 
-    def _matrix(self, page: np.ndarray, matrix: int) -> tuple[np.ndarray, np.ndarray]:
-        """codes u8 [intermediate_size, code_bytes] and absmax [.., num_blocks]: views of the page."""
-        views = []
-        for start, width, dtype in (
-            (self.layout.codes_offset, _C.code_bytes(self.format, self.hidden_size), np.uint8),
-            (self.layout.absmax_offset, _C.num_blocks(self.format, self.hidden_size), _C.scale_dtype(self.format)),
-        ):
-            size = self.intermediate_size * width * np.dtype(dtype).itemsize
-            raw = page[start[matrix] : start[matrix] + size]
-            views.append(raw.view(dtype).reshape(self.intermediate_size, width))
-        return views[0], views[1]
-
     def rows(self, layer: int, expert: int, neurons: Tensor) -> tuple[Tensor, Tensor]:
         """Codes u8 [n, 3, code_bytes] and absmax [n, 3, num_blocks] of some neurons: gate, up, down^T. Copies.
+
+        In down_axis "intermediate" the rows of down^T are decoded and encoded again along hidden_size, so they are not
+        quite the weights that `read_expert` gives.
 
         Raises:
             TypeError: `neurons` is not a tensor of int32 or int64 numbers in one dimension.
@@ -236,20 +270,11 @@ class ExpertStore:
         if neurons.numel() and not 0 <= int(neurons.min()) <= int(neurons.max()) < self.intermediate_size:
             raise ValueError(f"neurons: expected numbers in [0, {self.intermediate_size})")
         picked = neurons.cpu().numpy()
-        page = self._page(layer, expert)
-        parts = [self._matrix(page, matrix) for matrix in range(len(_MATRICES))]
-        codes, absmax = (np.stack([part[which][picked] for part in parts], axis=1) for which in (0, 1))
-        return torch.from_numpy(codes), torch.from_numpy(absmax)
+        return neuron_rows(self.layout, self._page(layer, expert), picked)
 
     def read_expert(self, layer: int, expert: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """Decoded gate and up [intermediate_size, hidden_size] and down [hidden_size, intermediate_size]."""
-        decoded = []
-        page = self._page(layer, expert)
-        for matrix in range(len(_MATRICES)):
-            codes, absmax = (torch.from_numpy(part.copy()) for part in self._matrix(page, matrix))
-            decoded.append(ops.dequantize_blocks(codes, absmax, self.hidden_size, self.format, dtype))
-        gate, up, down = decoded
-        return gate, up, down.T.contiguous()
+        return decode_expert(self.layout, self._page(layer, expert), dtype)
 
     # --- the folder -------------------------------------------------------------------------------------------------
 
@@ -257,21 +282,8 @@ class ExpertStore:
         return [(layer, expert) for layer in range(self.num_layers) for expert in range(self.num_experts)]
 
     def _progress(self) -> tqdm:
-        return tqdm(self._page_list(), f"Quantising experts to {self.format}", unit="expert", disable=None)
-
-    def _matrices(self) -> list[dict[str, Any]]:
-        """What stands in a page, for readers that know the safetensors file only."""
-        return [
-            {
-                "name": name,
-                "transposed": name == "down",
-                "format": self.format,
-                "block_axis": "hidden_size",
-                "codes_offset": self.layout.codes_offset[matrix],
-                "absmax_offset": self.layout.absmax_offset[matrix],
-            }
-            for matrix, name in enumerate(_MATRICES)
-        ]
+        verb = "Quantising" if self.down_axis == "hidden" else "Importing"
+        return tqdm(self._page_list(), f"{verb} experts to {self.format}", unit="expert", disable=None)
 
     def save(
         self, path: str | os.PathLike, source: ModelSource | None = None, *, shard_bytes: int = _SHARD_BYTES
@@ -305,7 +317,7 @@ class ExpertStore:
             "num_experts": self.num_experts,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
-            "matrices": self._matrices(),
+            "matrices": describe_page(self.layout),
             "page_bytes": self.layout.page_bytes,
             "source": {"path": self.source_path, "fingerprint": self.fingerprint},
         }
@@ -340,19 +352,21 @@ class ExpertStore:
             check_files(folder, index["files"], verify)
             if index["format"] not in _C.FORMATS:
                 raise StoreError(f"{folder}: format {index['format']!r}; this usaf_ext reads {_C.FORMATS}")
-            store = cls(
-                index["layer_names"],
-                index["num_experts"],
-                index["hidden_size"],
-                index["intermediate_size"],
-                index["format"],
-                source_path=index["source"]["path"],
-                fingerprint=index["source"]["fingerprint"],
-            )
+            with named(folder / STORE_INDEX_NAME):
+                store = cls(
+                    index["layer_names"],
+                    index["num_experts"],
+                    index["hidden_size"],
+                    index["intermediate_size"],
+                    index["format"],
+                    index["matrices"][2]["block_axis"].removesuffix("_size"),
+                    source_path=index["source"]["path"],
+                    fingerprint=index["source"]["fingerprint"],
+                )
             checksums = index["page_crc32"] if verify else None
-            known = index["page_bytes"] == store.layout.page_bytes and index["matrices"] == store._matrices()
+            known = index["page_bytes"] == store.layout.page_bytes and index["matrices"] == describe_page(store.layout)
             files = {name: entry["bytes"] for name, entry in index["files"].items() if name.startswith("experts-")}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{folder / STORE_INDEX_NAME}: not a store's index: {error!r}") from error
         if not known:
             raise StoreError(f"{folder / STORE_INDEX_NAME}: a page layout that this version cannot read")

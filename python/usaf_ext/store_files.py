@@ -18,7 +18,7 @@ from .checkpoint_source import STORE_INDEX_NAME, ModelSource
 from .errors import StoreError
 from .safetensors_io import read_safetensors_header, write_safetensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: every block runs along hidden_size; still written where that is so
 _KIND = "usaf_store"
 _CHUNK_BYTES = 16 << 20
 
@@ -42,7 +42,8 @@ def file_crc(path: Path) -> int:
 
 def write_index(folder: Path, contents: dict[str, Any]) -> None:
     """Write `usaf_store.json` with its own checksum."""
-    index = {"kind": _KIND, "format_version": FORMAT_VERSION, **contents}
+    along_hidden = all(matrix["block_axis"] == "hidden_size" for matrix in contents["matrices"])
+    index = {"kind": _KIND, "format_version": 1 if along_hidden else FORMAT_VERSION, **contents}
     index["crc32"] = _index_crc(index)
     (folder / STORE_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
@@ -80,10 +81,7 @@ def check_files(folder: Path, files: dict[str, dict[str, int]], verify: bool) ->
 
 def copy_dense(source: ModelSource, folder: Path) -> list[str]:
     """Copy everything of a checkpoint but its experts; returns the names of the files written."""
-    names = []
-    for support in source.support_files():
-        (folder / support.name).write_bytes(support.read_bytes())
-        names.append(support.name)
+    names = source.copy_support_files(folder)
     weight_map: dict[str, str] = {}
     for shard, keys in source.shards.items():
         dense = [key for key in keys if not source.is_expert_key(key)]

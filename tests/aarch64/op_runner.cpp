@@ -2,9 +2,9 @@
 //
 //   op_runner CALL_FILE
 //
-// CALL_FILE: the launcher's name (32 bytes, zero padded); int64 struct size, number of buffers and of pointer fields; the
-// argument struct; for each pointer field int64 offset and buffer; for each buffer int64 bytes and its bytes. The buffers
-// are written back in place. tests/kernel_calls.py writes and reads it.
+// CALL_FILE: the launcher's name (32 bytes, zero padded); int64 struct size, number of buffers and of pointer fields;
+// the argument struct; for each pointer field int64 offset and buffer; for each buffer int64 bytes and its bytes. The
+// buffers are written back in place. tests/kernel_calls.py writes and reads it.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>

@@ -2,7 +2,8 @@
 
 `path` is a plain checkpoint, whose experts are quantised while they stream in, or a store. transformers loads the dense
 part; before it does, the experts' parameters are taken off the (meta) skeleton, so that it has nowhere to put the
-checkpoint's expert tensors and never reads them. Afterwards the experts are filled in, one at a time.
+checkpoint's expert tensors and never reads them. Afterwards the experts are filled in, one at a time. The same is done
+to dense weights that bitsandbytes quantised to NF4: they are filled in decoded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _C
-from ..checkpoint_source import ModelSource
+from ..checkpoint_source import ModelSource, find_checkpoint_key
 from ..checkpointing import save_expert_outputs
 from ..errors import BudgetError, UsafError
 from ..experts import PagedLayer
@@ -162,6 +163,37 @@ def _check_sizes(experts: dict[str, Any], store: ExpertStore, folder: Path) -> N
             raise ValueError(f"{name}.gate_up_proj: the model expects {shape}, {folder} has {expected}")
 
 
+def _unexpected(model: PreTrainedModel, name: str) -> str:
+    """Beginning of a pattern of checkpoint keys that belong to the module or parameter `name`."""
+    return rf"(^|\.){re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}"
+
+
+def _take_packed(model: PreTrainedModel, source: ModelSource) -> dict[str, str]:
+    """Take off a model's (meta) parameters that a checkpoint holds in NF4; parameter name -> checkpoint key."""
+    taken: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        bare = name.removeprefix(f"{model.base_model_prefix}.")
+        key = find_checkpoint_key(source, name) or find_checkpoint_key(source, bare)
+        if key not in source.packed:
+            continue
+        if parameter.shape != source.packed[key].shape:
+            expected, found = list(parameter.shape), list(source.packed[key].shape)
+            raise ValueError(f"{name}: the model expects {expected}, {source.path} has {found}")
+        taken[name] = key
+    for key in source.packed.keys() - taken.values():
+        if not source.is_expert_key(key):
+            raise ValueError(
+                f"{source.path}: {key} is in NF4 and no parameter of the model; "
+                f"make a store of the checkpoint first: usaf-ext quantize {source.path} STORE"
+            )
+    for name in taken:
+        module_name, _, parameter_name = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        del module._parameters[parameter_name]
+        module._is_hf_initialized = True  # type: ignore[assignment]  # its _init_weights would look for the parameter
+    return taken
+
+
 def _save_expert_outputs(model: PreTrainedModel) -> None:
     """However gradient checkpointing is switched on (Trainer, PEFT, by hand), it ends in this method of the model."""
     set_checkpointing = model._set_gradient_checkpointing
@@ -218,9 +250,8 @@ class UsafHfQuantizer(HfQuantizer):
                 if config.originals is not None:
                     raise ValueError(f"originals: {folder} is itself an original checkpoint; leave it out")
                 self._source = ModelSource.open(folder)
-                sizes = (self._source.num_experts, self._source.hidden_size, self._source.intermediate_size)
-                # Empty until the dense part is loaded: so far only its sizes are needed, to refuse a small budget.
-                store = ExpertStore.create(self._source.layer_names, *sizes, self._format)
+                # Until the dense part is loaded only its sizes are needed, to refuse a small budget.
+                store = ExpertStore.unfilled(self._source, self._format)
         self._numbers = _match_layers(experts, store.layer_names, folder, model.base_model_prefix)
         _check_sizes(experts, store, folder)
         ExpertMemory.slots_for(store, config.device_budget, self._dtype)
@@ -240,7 +271,12 @@ class UsafHfQuantizer(HfQuantizer):
             module.__class__ = type(f"Paged{type(module).__name__}", (_PagedExpertsMixin, type(module)), {})
             module._is_hf_initialized = True  # its _init_weights would look for the parameters
             module.config._experts_implementation = METHOD
-            ignored.add(rf"(^|\.){re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}\.")
+            ignored.add(_unexpected(model, name) + r"\.")
+        unread = None if store.sealed else self._source  # a store's dense part is plain
+        self._packed = _take_packed(model, unread) if unread is not None and unread.packed else {}
+        ignored |= {
+            rf"(^|\.){re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}(\.|$)" for name in self._packed
+        }
         model._keys_to_ignore_on_load_unexpected = ignored
         return model
 
@@ -249,6 +285,11 @@ class UsafHfQuantizer(HfQuantizer):
         if store is None:
             assert self._source is not None
             store = ExpertStore.quantize(self._source, self._format)
+        for name, key in self._packed.items():
+            assert self._source is not None
+            module, _, parameter = name.rpartition(".")
+            weight = self._source.read_tensor(key).to(self._dtype)
+            model.get_submodule(module).register_parameter(parameter, nn.Parameter(weight))
         memory = ExpertMemory(
             store, self.quantization_config.device_budget, self._dtype, self.quantization_config.host_budget
         )
