@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adam_cases import ADAM_CASES
+from adam_work import ADAM_CASES
 from cases import OpShape, Work
-from codec_cases import CODEC_CASES
-from expert_cases import EXPERT_CASES
+from codec_work import CODEC_CASES
+from expert_work import EXPERT_CASES
 
 OP_CASES: dict[str, Callable[[OpShape], Work]] = {**CODEC_CASES, **EXPERT_CASES, **ADAM_CASES}

@@ -1,18 +1,20 @@
-// The weight codec on NVIDIA GPUs: rows of fp32 or bf16 to and from the formats of numerics/formats.h.
+// The weight codec on NVIDIA GPUs: rows of fp32, bf16 or fp16 to and from the formats of numerics/formats.h.
 //
-// One lane moves 16 bytes of weights at a time (a "pack": 4 fp32 or 8 bf16), so a block of 64 weights is 16 or 8
-// neighbouring lanes, which find its absmax with shuffles. A thread block is blockDim.x packs of a row wide and
-// blockDim.y rows high, and each thread starts the loads of four rows before it uses the first. Decoding looks codes up
-// in a shared table: 16 entries in 16 banks, so no two lanes ever conflict.
-// Bytes moved: per weight its own 2 or 4, and code_bytes + 4 * num_blocks per row; the codec is bandwidth-bound.
+// One lane moves 16 bytes of weights at a time (a "pack": 4 fp32 or 8 of 16 bits), so a block of 64 weights is 16 or 8
+// neighbouring lanes, which find its absmax with shuffles. A pack's codes are 2 to 16 bytes, read or written at once. A
+// thread block is blockDim.x packs of a row wide and blockDim.y rows high, and each thread starts the loads of four
+// rows before it uses the first. NF4 decoding looks codes up in a shared table: 16 entries in 16 banks, so no two lanes
+// ever conflict. Bytes moved: per weight its own 2 or 4, and code_bytes + scale_bytes * num_blocks per row; the codec
+// is bandwidth-bound.
 #include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 
 #include "kernel_api.h"
 #include "launch.h"
 #include "numerics/bfloat16.h"
-#include "numerics/block_scale.h"
-#include "numerics/nf4.h"
+#include "numerics/block_codec.h"
+#include "numerics/float16.h"
 
 namespace usaf::gpu {
 namespace {
@@ -28,58 +30,99 @@ constexpr int kPack = 16 / sizeof(T);  // weights in one 16-byte access
 template <class T>
 constexpr int kLanes = kBlockSize / kPack<T>;  // lanes that share a block of weights
 
-// Bytes of a pack's codes as the widest integer that one lane reads or writes.
-template <class T>
-struct Nf4Word;
-template <>
-struct Nf4Word<float> {
-  using type = uint16_t;
+// A pack's codes: up to four words, of which the first kCodeBytes count.
+struct Codes {
+  uint32_t word[4];
 };
-template <>
-struct Nf4Word<Bf16> {
-  using type = uint32_t;
-};
+template <Format kFormat, class T>
+constexpr int kCodeBytes = static_cast<int>(kPack<T> * code_bits(kFormat) / 8);
 
-__device__ __forceinline__ void unpack(uint4 pack, float (&weight)[4]) {
+template <int kBytes>
+__device__ __forceinline__ Codes load_codes(const uint8_t* source) {
+  if constexpr (kBytes == 2) {
+    return {{__ldg(reinterpret_cast<const unsigned short*>(source))}};
+  } else if constexpr (kBytes == 4) {
+    return {{__ldg(reinterpret_cast<const unsigned*>(source))}};
+  } else if constexpr (kBytes == 8) {
+    const uint2 words = __ldg(reinterpret_cast<const uint2*>(source));
+    return {{words.x, words.y}};
+  } else {
+    const uint4 words = __ldg(reinterpret_cast<const uint4*>(source));
+    return {{words.x, words.y, words.z, words.w}};
+  }
+}
+
+template <int kBytes>
+__device__ __forceinline__ void store_codes(uint8_t* target, const Codes& codes) {
+  const auto& word = codes.word;
+  if constexpr (kBytes == 2) {
+    *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(word[0]);
+  } else if constexpr (kBytes == 4) {
+    *reinterpret_cast<uint32_t*>(target) = word[0];
+  } else if constexpr (kBytes == 8) {
+    *reinterpret_cast<uint2*>(target) = make_uint2(word[0], word[1]);
+  } else {
+    *reinterpret_cast<uint4*>(target) = make_uint4(word[0], word[1], word[2], word[3]);
+  }
+}
+
+__device__ __forceinline__ float load_scale(const float* scale) { return __ldg(scale); }
+__device__ __forceinline__ F16 load_scale(const F16* scale) {
+  return F16{__ldg(reinterpret_cast<const unsigned short*>(scale))};
+}
+
+// Where code i of a pack stands: its word, and its lowest bit there.
+template <Format kFormat>
+__device__ __forceinline__ constexpr int word_of(int i) {
+  return i * static_cast<int>(code_bits(kFormat)) / 32;
+}
+template <Format kFormat>
+__device__ __forceinline__ constexpr int shift_of(int i) {
+  return is_nf4(kFormat) ? nf4_shift(i) : i * static_cast<int>(code_bits(kFormat)) % 32;
+}
+
+__device__ __forceinline__ void unpack(uint4 pack, float (&weight)[4], float) {
   weight[0] = bits_float(pack.x), weight[1] = bits_float(pack.y);
   weight[2] = bits_float(pack.z), weight[3] = bits_float(pack.w);
 }
 
-__device__ __forceinline__ void unpack(uint4 pack, float (&weight)[8]) {
+template <class T>
+__device__ __forceinline__ void unpack(uint4 pack, float (&weight)[8], T) {
   const uint32_t words[4] = {pack.x, pack.y, pack.z, pack.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    weight[2 * i] = to_float(Bf16{static_cast<uint16_t>(words[i])});
-    weight[2 * i + 1] = to_float(Bf16{static_cast<uint16_t>(words[i] >> 16)});
+    weight[2 * i] = to_float(T{static_cast<uint16_t>(words[i])});
+    weight[2 * i + 1] = to_float(T{static_cast<uint16_t>(words[i] >> 16)});
   }
 }
 
+template <class T>
 __device__ __forceinline__ uint32_t pair_bits(float low, float high) {
-  return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
-__device__ __forceinline__ uint4 repack(const float (&weight)[4]) {
+__device__ __forceinline__ uint4 repack(const float (&weight)[4], float) {
   return make_uint4(float_bits(weight[0]), float_bits(weight[1]), float_bits(weight[2]), float_bits(weight[3]));
 }
 
-__device__ __forceinline__ uint4 repack(const float (&weight)[8]) {
-  return make_uint4(pair_bits(weight[0], weight[1]), pair_bits(weight[2], weight[3]), pair_bits(weight[4], weight[5]),
-                    pair_bits(weight[6], weight[7]));
+template <class T>
+__device__ __forceinline__ uint4 repack(const float (&weight)[8], T) {
+  return make_uint4(pair_bits<T>(weight[0], weight[1]), pair_bits<T>(weight[2], weight[3]),
+                    pair_bits<T>(weight[4], weight[5]), pair_bits<T>(weight[6], weight[7]));
 }
 
-// The pack at `col`; zeros past the row's end.
-template <bool kAligned>
-__device__ __forceinline__ uint4 load_pack(const float* row, int64_t col, int64_t cols) {
-  if (kAligned && col + 4 <= cols) return __ldg(reinterpret_cast<const uint4*>(row + col));
+// The pack at `col`; zeros past the row's end. `aligned`: rows start at multiples of 16 bytes.
+__device__ __forceinline__ uint4 load_pack(const float* row, int64_t col, int64_t cols, bool aligned) {
+  if (aligned && col + 4 <= cols) return __ldg(reinterpret_cast<const uint4*>(row + col));
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) words[i] = col + i < cols ? float_bits(__ldg(row + col + i)) : 0u;
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <bool kAligned>
-__device__ __forceinline__ uint4 load_pack(const Bf16* row, int64_t col, int64_t cols) {
-  if (kAligned && col + 8 <= cols) return __ldg(reinterpret_cast<const uint4*>(row + col));
+template <class T>
+__device__ __forceinline__ uint4 load_pack(const T* row, int64_t col, int64_t cols, bool aligned) {
+  if (aligned && col + 8 <= cols) return __ldg(reinterpret_cast<const uint4*>(row + col));
   const auto* bits = reinterpret_cast<const unsigned short*>(row);
   uint32_t words[4];
 #pragma unroll
@@ -91,9 +134,8 @@ __device__ __forceinline__ uint4 load_pack(const Bf16* row, int64_t col, int64_t
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <bool kAligned>
-__device__ __forceinline__ void store_pack(float* row, int64_t col, int64_t cols, uint4 pack) {
-  if (kAligned && col + 4 <= cols) {
+__device__ __forceinline__ void store_pack(float* row, int64_t col, int64_t cols, bool aligned, uint4 pack) {
+  if (aligned && col + 4 <= cols) {
     *reinterpret_cast<uint4*>(row + col) = pack;
     return;
   }
@@ -104,46 +146,27 @@ __device__ __forceinline__ void store_pack(float* row, int64_t col, int64_t cols
   }
 }
 
-template <bool kAligned>
-__device__ __forceinline__ void store_pack(Bf16* row, int64_t col, int64_t cols, uint4 pack) {
-  if (kAligned && col + 8 <= cols) {
+template <class T>
+__device__ __forceinline__ void store_pack(T* row, int64_t col, int64_t cols, bool aligned, uint4 pack) {
+  if (aligned && col + 8 <= cols) {
     *reinterpret_cast<uint4*>(row + col) = pack;
     return;
   }
   const uint32_t words[4] = {pack.x, pack.y, pack.z, pack.w};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (col + i < cols) row[col + i] = Bf16{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))};
+    if (col + i < cols) row[col + i] = T{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))};
   }
-}
-
-// bf16 codes are a row of bf16 weights. Their rows are padded to 16 bytes, so whole words are always there.
-__device__ __forceinline__ uint4 load_bf16_codes(const uint8_t* row, int64_t col, const float*) {
-  const uint2 half = __ldg(reinterpret_cast<const uint2*>(row + 2 * col));
-  return make_uint4(half.x << 16, half.x & 0xffff0000u, half.y << 16, half.y & 0xffff0000u);
-}
-__device__ __forceinline__ uint4 load_bf16_codes(const uint8_t* row, int64_t col, const Bf16*) {
-  return __ldg(reinterpret_cast<const uint4*>(row + 2 * col));
-}
-
-__device__ __forceinline__ void store_bf16_codes(uint8_t* row, int64_t col, uint4 pack, const float*) {
-  *reinterpret_cast<uint2*>(row + 2 * col) =
-      make_uint2(pair_bits(bits_float(pack.x), bits_float(pack.y)), pair_bits(bits_float(pack.z), bits_float(pack.w)));
-}
-__device__ __forceinline__ void store_bf16_codes(uint8_t* row, int64_t col, uint4 pack, const Bf16*) {
-  *reinterpret_cast<uint4*>(row + 2 * col) = pack;
 }
 
 __device__ __forceinline__ int64_t indexed(const int64_t* index, int64_t row) {
   return index ? __ldg(index + row) : row;
 }
 
-// Codes and absmax of one pack of one row. All lanes of a warp come here together: the shuffles need every one.
-template <class T>
-__device__ __forceinline__ void encode_nf4_pack(uint4 pack, const EncodeRowsArgs& args, int64_t row, int64_t col,
-                                                bool live) {
-  float weight[kPack<T>];
-  unpack(pack, weight);
+// The scale of the block that this lane's pack is part of. All lanes of a warp come here together: the shuffles need
+// every one.
+template <Format kFormat, class T>
+__device__ __forceinline__ typename BlockCodec<kFormat>::Scale block_scale(const float (&weight)[kPack<T>]) {
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) largest = max(largest, magnitude_bits(weight[i]));
@@ -151,25 +174,45 @@ __device__ __forceinline__ void encode_nf4_pack(uint4 pack, const EncodeRowsArgs
   for (int lane = kLanes<T> / 2; lane > 0; lane /= 2) {
     largest = max(largest, __shfl_xor_sync(kFullWarp, largest, lane));
   }
-  const float absmax = bits_float(largest);
-  const float inverse = inverse_step(absmax);
-  uint32_t codes = 0;
-#pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) {
-    codes |= (col + i < args.cols ? nf4_encode(weight[i] * inverse) : 0u) << nf4_shift(i);
-  }
-  using Word = typename Nf4Word<T>::type;
-  const int64_t stride = code_bytes(Format::nf4, args.cols);
-  if (live && col / 2 < stride) {
-    *reinterpret_cast<Word*>(args.codes + row * stride + col / 2) = static_cast<Word>(codes);
-  }
-  if (live && col < args.cols && col % kBlockSize == 0) {
-    static_cast<float*>(args.absmax)[row * num_blocks(Format::nf4, args.cols) + col / kBlockSize] = absmax;
-  }
+  return BlockCodec<kFormat>::make_scale(bits_float(largest));
 }
 
-template <Format kFormat, class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) encode_kernel(EncodeRowsArgs args) {
+// Codes and scale of one pack of one row.
+template <Format kFormat, class T>
+__device__ __forceinline__ void encode_pack(uint4 pack, const EncodeRowsArgs& args, int64_t row, int64_t col,
+                                            bool live) {
+  Codes codes = {};
+  if constexpr (kFormat == Format::bf16 && std::is_same_v<T, Bf16>) {
+    codes = {{pack.x, pack.y, pack.z, pack.w}};
+  } else {
+    float weight[kPack<T>];
+    unpack(pack, weight, T{});
+    float inverse = 1.0f;
+    if constexpr (kFormat != Format::bf16) {
+      const auto scale = block_scale<kFormat, T>(weight);
+      inverse = inverse_step(BlockCodec<kFormat>::step(scale));
+      if (live && col < args.cols && col % kBlockSize == 0) {
+        auto* scales = static_cast<typename BlockCodec<kFormat>::Scale*>(args.absmax);
+        scales[row * num_blocks(kFormat, args.cols) + col / kBlockSize] = scale;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPack<T>; ++i) {
+      uint32_t code;
+      if constexpr (kFormat == Format::bf16) {
+        code = to_bf16(weight[i]).bits;
+      } else {
+        code = BlockCodec<kFormat>::encode(weight[i] * inverse);
+      }
+      codes.word[word_of<kFormat>(i)] |= (col + i < args.cols ? code : 0u) << shift_of<kFormat>(i);
+    }
+  }
+  const int64_t stride = code_bytes(kFormat, args.cols), start = col * code_bits(kFormat) / 8;
+  if (live && start < stride) store_codes<kCodeBytes<kFormat, T>>(args.codes + row * stride + start, codes);
+}
+
+template <Format kFormat, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) encode_kernel(EncodeRowsArgs args, bool aligned) {
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
   const int64_t block_rows = int64_t{blockDim.y} * kRowsInFlight;
   for (int64_t first = blockIdx.y * block_rows; first < args.num_rows; first += gridDim.y * block_rows) {
@@ -179,52 +222,59 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) encode_kernel(EncodeRo
     for (int j = 0; j < kRowsInFlight; ++j) {
       const int64_t row = first + j * blockDim.y + threadIdx.y;
       const bool live = row < args.num_rows;
+      const T* weight = static_cast<const T*>(args.weight) + row * args.weight_stride;
       target[j] = live ? indexed(args.row_index, row) : -1;
-      pack[j] = live
-                    ? load_pack<kAligned>(static_cast<const T*>(args.weight) + row * args.weight_stride, col, args.cols)
-                    : make_uint4(0, 0, 0, 0);
+      pack[j] = live ? load_pack(weight, col, args.cols, aligned) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int j = 0; j < kRowsInFlight; ++j) {
-      const bool live = target[j] >= 0;
-      if constexpr (kFormat == Format::nf4) {
-        encode_nf4_pack<T>(pack[j], args, target[j], col, live);
-      } else {
-        const int64_t stride = code_bytes(Format::bf16, args.cols);
-        if (live && 2 * col < stride) {
-          store_bf16_codes(args.codes + target[j] * stride, col, pack[j], static_cast<const T*>(nullptr));
-        }
-      }
+      encode_pack<kFormat, T>(pack[j], args, target[j], col, target[j] >= 0);
     }
   }
 }
 
-template <class T>
-__device__ __forceinline__ uint4 decode_nf4_pack(uint32_t codes, float absmax, const float* table) {
-  float weight[kPack<T>];
+// The weights of one pack. `table`: the values of NF4.
+template <Format kFormat, class T>
+__device__ __forceinline__ uint4 decode_pack(const Codes& codes, float step, const float* table) {
+  if constexpr (kFormat == Format::bf16 && std::is_same_v<T, Bf16>) {
+    return make_uint4(codes.word[0], codes.word[1], codes.word[2], codes.word[3]);
+  } else {
+    float weight[kPack<T>];
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) weight[i] = table[codes >> nf4_shift(i) & 15u] * absmax;
-  return repack(weight);
+    for (int i = 0; i < kPack<T>; ++i) {
+      const uint32_t bits = codes.word[word_of<kFormat>(i)] >> shift_of<kFormat>(i);
+      if constexpr (kFormat == Format::bf16) {
+        weight[i] = to_float(Bf16{static_cast<uint16_t>(bits)});
+      } else if constexpr (is_nf4(kFormat)) {
+        weight[i] = table[bits & 15u] * step;
+      } else {
+        weight[i] = BlockCodec<kFormat>::value(bits & 255u) * step;
+      }
+    }
+    return repack(weight, T{});
+  }
 }
 
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_nf4_kernel(DecodeRowsArgs args) {
+template <Format kFormat, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_kernel(DecodeRowsArgs args, bool aligned) {
   __shared__ float table[16];
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  if (thread < 16) {
-    float value = 0.0f;
+  if constexpr (is_nf4(kFormat)) {
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    if (thread < 16) {
+      float value = 0.0f;
 #pragma unroll
-    for (int code = 0; code < 16; ++code) value = thread == code ? nf4_value(code) : value;
-    table[thread] = value;
+      for (int code = 0; code < 16; ++code) value = thread == code ? nf4_value(code) : value;
+      table[thread] = value;
+    }
+    __syncthreads();
   }
-  __syncthreads();
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
   if (col >= args.cols) return;
-  const int64_t stride = code_bytes(Format::nf4, args.cols), blocks = num_blocks(Format::nf4, args.cols);
+  const int64_t stride = code_bytes(kFormat, args.cols), blocks = num_blocks(kFormat, args.cols);
   const int64_t block_rows = int64_t{blockDim.y} * kRowsInFlight;
   for (int64_t first = blockIdx.y * block_rows; first < args.num_rows; first += gridDim.y * block_rows) {
-    uint32_t codes[kRowsInFlight];
-    float absmax[kRowsInFlight];
+    Codes codes[kRowsInFlight];
+    float step[kRowsInFlight];
     int64_t target[kRowsInFlight];
 #pragma unroll
     for (int j = 0; j < kRowsInFlight; ++j) {
@@ -233,40 +283,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_nf4_kernel(Deco
       if (row >= args.num_rows) continue;
       const int64_t source = indexed(args.row_index, row);
       target[j] = indexed(args.out_index, row);
-      codes[j] = __ldg(reinterpret_cast<const typename Nf4Word<T>::type*>(args.codes + source * stride + col / 2));
-      absmax[j] = __ldg(static_cast<const float*>(args.absmax) + source * blocks + col / kBlockSize);
+      codes[j] = load_codes<kCodeBytes<kFormat, T>>(args.codes + source * stride + col * code_bits(kFormat) / 8);
+      if constexpr (kFormat != Format::bf16) {
+        using Scale = typename BlockCodec<kFormat>::Scale;
+        const auto* scales = static_cast<const Scale*>(args.absmax) + source * blocks;
+        step[j] = BlockCodec<kFormat>::step(load_scale(scales + col / kBlockSize));
+      }
     }
 #pragma unroll
     for (int j = 0; j < kRowsInFlight; ++j) {
       if (target[j] < 0) continue;
-      store_pack<kAligned>(static_cast<T*>(args.out) + target[j] * args.out_stride, col, args.cols,
-                           decode_nf4_pack<T>(codes[j], absmax[j], table));
-    }
-  }
-}
-
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_bf16_kernel(DecodeRowsArgs args) {
-  const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
-  if (col >= args.cols) return;
-  const int64_t stride = code_bytes(Format::bf16, args.cols);
-  const int64_t block_rows = int64_t{blockDim.y} * kRowsInFlight;
-  for (int64_t first = blockIdx.y * block_rows; first < args.num_rows; first += gridDim.y * block_rows) {
-    uint4 pack[kRowsInFlight];
-    int64_t target[kRowsInFlight];
-#pragma unroll
-    for (int j = 0; j < kRowsInFlight; ++j) {
-      const int64_t row = first + j * blockDim.y + threadIdx.y;
-      target[j] = -1;
-      if (row >= args.num_rows) continue;
-      target[j] = indexed(args.out_index, row);
-      pack[j] =
-          load_bf16_codes(args.codes + indexed(args.row_index, row) * stride, col, static_cast<const T*>(nullptr));
-    }
-#pragma unroll
-    for (int j = 0; j < kRowsInFlight; ++j) {
-      if (target[j] < 0) continue;
-      store_pack<kAligned>(static_cast<T*>(args.out) + target[j] * args.out_stride, col, args.cols, pack[j]);
+      store_pack(static_cast<T*>(args.out) + target[j] * args.out_stride, col, args.cols, aligned,
+                 decode_pack<kFormat, T>(codes[j], step[j], table));
     }
   }
 }
@@ -291,11 +319,6 @@ bool aligned(const void* pointer, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
 }
 
-void check_supported(Format format, DType dtype) {
-  if (format != Format::bf16 && format != Format::nf4) throw std::invalid_argument("format: not on the GPU yet");
-  if (dtype == DType::f16) throw std::invalid_argument("dtype: float16 is not on the GPU yet");
-}
-
 void check_codes(const uint8_t* codes) {
   if (!aligned(codes, 0)) throw std::invalid_argument("codes: expected an address that is a multiple of 16");
 }
@@ -303,21 +326,39 @@ void check_codes(const uint8_t* codes) {
 template <Format kFormat, class T>
 void launch_encode(const EncodeRowsArgs& args, void* stream) {
   // Every byte of the codes is written, so the padding counts as weights.
-  const int64_t bytes = code_bytes(kFormat, args.cols);
-  const int64_t padded = kFormat == Format::nf4 ? 2 * bytes : bytes / 2;
+  const int64_t padded = code_bytes(kFormat, args.cols) * 8 / code_bits(kFormat);
   const LaunchShape shape = launch_shape(args.num_rows, (padded + kPack<T> - 1) / kPack<T>);
   const bool wide = aligned(args.weight, args.weight_stride * int64_t{sizeof(T)});
-  launch("encode_rows", wide ? encode_kernel<kFormat, T, true> : encode_kernel<kFormat, T, false>, shape.grid,
-         shape.block, stream, args);
+  launch("encode_rows", encode_kernel<kFormat, T>, shape.grid, shape.block, stream, args, wide);
 }
 
-template <class T>
+template <Format kFormat, class T>
 void launch_decode(const DecodeRowsArgs& args, void* stream) {
   const LaunchShape shape = launch_shape(args.num_rows, (args.cols + kPack<T> - 1) / kPack<T>);
   const bool wide = aligned(args.out, args.out_stride * int64_t{sizeof(T)});
-  const auto nf4 = wide ? decode_nf4_kernel<T, true> : decode_nf4_kernel<T, false>;
-  const auto bf16 = wide ? decode_bf16_kernel<T, true> : decode_bf16_kernel<T, false>;
-  launch("decode_rows", args.format == Format::nf4 ? nf4 : bf16, shape.grid, shape.block, stream, args);
+  launch("decode_rows", decode_kernel<kFormat, T>, shape.grid, shape.block, stream, args, wide);
+}
+
+// body.operator()<kFormat, T>() with the format and the type of the weights.
+template <class Body>
+void with_types(Format format, DType dtype, const Body& body) {
+  const auto with_dtype = [&]<Format kFormat>() {
+    dtype == DType::f32    ? body.template operator()<kFormat, float>()
+    : dtype == DType::bf16 ? body.template operator()<kFormat, Bf16>()
+                           : body.template operator()<kFormat, F16>();
+  };
+  switch (format) {
+    case Format::bf16:
+      return with_dtype.template operator()<Format::bf16>();
+    case Format::nf4:
+      return with_dtype.template operator()<Format::nf4>();
+    case Format::nf4_f16:
+      return with_dtype.template operator()<Format::nf4_f16>();
+    case Format::int8:
+      return with_dtype.template operator()<Format::int8>();
+    case Format::fp8:
+      return with_dtype.template operator()<Format::fp8>();
+  }
 }
 
 }  // namespace
@@ -325,20 +366,14 @@ void launch_decode(const DecodeRowsArgs& args, void* stream) {
 void encode_rows(const EncodeRowsArgs& args, void* stream) {
   if (args.num_rows == 0 || args.cols == 0) return;
   check_codes(args.codes);
-  check_supported(args.format, args.weight_dtype);
-  const bool f32 = args.weight_dtype == DType::f32;
-  if (args.format == Format::nf4) {
-    f32 ? launch_encode<Format::nf4, float>(args, stream) : launch_encode<Format::nf4, Bf16>(args, stream);
-  } else {
-    f32 ? launch_encode<Format::bf16, float>(args, stream) : launch_encode<Format::bf16, Bf16>(args, stream);
-  }
+  with_types(args.format, args.weight_dtype,
+             [&]<Format kFormat, class T>() { launch_encode<kFormat, T>(args, stream); });
 }
 
 void decode_rows(const DecodeRowsArgs& args, void* stream) {
   if (args.num_rows == 0 || args.cols == 0) return;
   check_codes(args.codes);
-  check_supported(args.format, args.out_dtype);
-  args.out_dtype == DType::f32 ? launch_decode<float>(args, stream) : launch_decode<Bf16>(args, stream);
+  with_types(args.format, args.out_dtype, [&]<Format kFormat, class T>() { launch_decode<kFormat, T>(args, stream); });
 }
 
 }  // namespace usaf::gpu

@@ -134,13 +134,14 @@ def test_grad_scale():
     assert scaled.same_as(plain)
 
 
+@pytest.mark.parametrize("cols", [6, 70])  # a short block alone, and one behind a full one
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_changed_tells_whether_a_stored_bit_changed(format, mode):
-    rows, changed = Rows.make(3, 70, format, mode), torch.zeros(1, dtype=torch.int32)
+def test_changed_tells_whether_a_stored_bit_changed(format, mode, cols):
+    rows, changed = Rows.make(3, cols, format, mode), torch.zeros(1, dtype=torch.int32)
     # Every weight stands on its code, the largest code in each block: a step without lr rounds nothing, even
     # stochastically.
-    weight = oracles.NF4[torch.arange(70) % 16].expand(3, 70).clone()
+    weight = oracles.NF4[torch.arange(cols) % 16].expand(3, cols).clone()
     if not format.startswith("nf4"):
         weight = weight.sign()
     codes, absmax = ops.quantize_blocks(weight, format)
@@ -150,11 +151,11 @@ def test_changed_tells_whether_a_stored_bit_changed(format, mode):
         rows.master.copy_(rows.decode())
     if mode == "residual":
         rows.residual.zero_()
-    rows.apply(torch.randn(3, 70), lr=0.0, weight_decay=0.0, changed=changed)
+    rows.apply(torch.randn(3, cols), lr=0.0, weight_decay=0.0, changed=changed)
     assert changed.item() == 0
-    rows.apply(torch.randn(3, 70), lr=0.5, changed=changed)
+    rows.apply(torch.randn(3, cols), lr=0.5, changed=changed)
     assert changed.item() == 1
-    rows.apply(torch.randn(3, 70), lr=0.0, changed=changed)
+    rows.apply(torch.randn(3, cols), lr=0.0, changed=changed)
     assert changed.item() == 1  # never cleared
 
 

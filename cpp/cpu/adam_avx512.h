@@ -2,6 +2,7 @@
 // residual.h, nf4.h and rng.h sixteen weights at a time, with the same bits as the plain loops of adam_block.h.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #include "../kernel_api.h"
 #include "../numerics/adam.h"
@@ -102,18 +103,8 @@ USAF_AVX512_INLINE void philox_round(__m512i (&c)[4], __m512i key0, __m512i key1
   c[3] = product0;
 }
 
-// random_group of eight groups: 32 numbers.
-USAF_AVX512_INLINE void fill_random32(uint64_t seed, int32_t step, uint64_t group, uint32_t* random) {
-  const __m512i groups =
-      _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(group)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
-  __m512i c[4] = {groups, _mm512_srli_epi64(groups, 32), _mm512_set1_epi64(static_cast<uint32_t>(step)),
-                  _mm512_setzero_si512()};
-  auto key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    philox_round(c, _mm512_set1_epi64(key0), _mm512_set1_epi64(key1));
-    key0 += kPhiloxKey0;
-    key1 += kPhiloxKey1;
-  }
+// The 32 numbers of eight counters that went through all rounds.
+USAF_AVX512_INLINE void store_random(const __m512i (&c)[4], uint32_t* random) {
   const __m512i first = _mm512_mask_blend_epi32(0xaaaa, c[0], _mm512_slli_epi64(c[1], 32));
   const __m512i second = _mm512_mask_blend_epi32(0xaaaa, c[2], _mm512_slli_epi64(c[3], 32));
   const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
@@ -121,19 +112,35 @@ USAF_AVX512_INLINE void fill_random32(uint64_t seed, int32_t step, uint64_t grou
   _mm512_storeu_si512(random + 16, _mm512_permutex2var_epi64(first, high, second));
 }
 
+// random_group of sixteen groups: 64 numbers.
+USAF_AVX512_INLINE void fill_groups(uint64_t seed, int32_t step, uint64_t group, uint32_t* random) {
+  const __m512i low =
+      _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(group)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+  const __m512i high = _mm512_add_epi64(low, _mm512_set1_epi64(8));
+  const __m512i steps = _mm512_set1_epi64(static_cast<uint32_t>(step)), zero = _mm512_setzero_si512();
+  __m512i a[4] = {low, _mm512_srli_epi64(low, 32), steps, zero};
+  __m512i b[4] = {high, _mm512_srli_epi64(high, 32), steps, zero};
+  __m512i key0 = _mm512_set1_epi64(static_cast<int64_t>(seed)), key1 = _mm512_srli_epi64(key0, 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(a, key0, key1);
+    philox_round(b, key0, key1);
+    key0 = _mm512_add_epi32(key0, _mm512_set1_epi64(kPhiloxKey0));
+    key1 = _mm512_add_epi32(key1, _mm512_set1_epi64(kPhiloxKey1));
+  }
+  store_random(a, random);
+  store_random(b, random + 32);
+}
+
 // Random numbers of elements first .. first + 63.
 USAF_AVX512 inline void fill_random_avx512(uint64_t seed, int32_t step, int64_t first, uint32_t* random) {
   const auto group = static_cast<uint64_t>(first / kRandomsPerGroup);
   const int64_t skip = first % kRandomsPerGroup;
-  alignas(64) uint32_t numbers[kBlockSize + kRandomsPerGroup];
-  uint32_t* out = skip == 0 ? random : numbers;
-  fill_random32(seed, step, group, out);
-  fill_random32(seed, step, group + 8, out + 32);
-  if (skip != 0) {
-    const Random4 last = random_group(seed, step, group + 16);
-    std::memcpy(numbers + kBlockSize, last.value, sizeof last.value);
-    std::memcpy(random, numbers + skip, kBlockSize * sizeof *random);
-  }
+  if (skip == 0) return fill_groups(seed, step, group, random);
+  uint32_t numbers[kBlockSize + kRandomsPerGroup];
+  fill_groups(seed, step, group, numbers);
+  const Random4 last = random_group(seed, step, group + kBlockSize / kRandomsPerGroup);
+  std::memcpy(numbers + kBlockSize, last.value, sizeof last.value);
+  std::memcpy(random, numbers + skip, kBlockSize * sizeof *random);
 }
 
 // nf4_encode_stochastic of 16 normalised weights: the neighbour below is the nearest code or the one before it.

@@ -1,6 +1,6 @@
 // IEEE binary16 as its 16 bits: conversion to and from float, round to nearest even, subnormals kept, overflow to
-// infinity, NaN to some quiet NaN. Integer operations and two exact fp32 sums on values that are never subnormal: the
-// bits of a hardware conversion, on any machine and whatever its flush-to-zero mode.
+// infinity, NaN to some quiet NaN. On a GPU by its own instructions; elsewhere by integer operations and two exact fp32
+// sums on values that are never subnormal: the same bits, whatever the flush-to-zero mode.
 #pragma once
 #include <cstdint>
 
@@ -17,6 +17,15 @@ static_assert(sizeof(F16) == 2, "binary16 is two bytes");
 inline constexpr float kF16Max = 65504.0f;
 
 USAF_HD float to_float(F16 value) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#elif defined(__HIP_DEVICE_COMPILE__)
+  _Float16 half;
+  memcpy(&half, &value, sizeof half);
+  return static_cast<float>(half);
+#else
   constexpr uint32_t kRebias = (127u - 15u) << 23, kSmallestNormal = 113u << 23;  // 2^-14 as fp32
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
@@ -26,9 +35,22 @@ USAF_HD float to_float(F16 value) {
   uint32_t bits = magnitude < (0x400u << 13) ? subnormal : normal;
   bits = magnitude >= (0x7c00u << 13) ? normal + kRebias : bits;  // infinity and NaN: exponent 255
   return bits_float(bits | sign);
+#endif
 }
 
 USAF_HD F16 to_f16(float value) {
+#if defined(__CUDA_ARCH__)
+  F16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+#elif defined(__HIP_DEVICE_COMPILE__)
+  // Without the barrier clang makes one fma of a product and its conversion: -0 times anything would become +0.
+  asm volatile("" : "+v"(value));
+  const _Float16 half = static_cast<_Float16>(value);
+  F16 result;
+  memcpy(&result, &half, sizeof result);
+  return result;
+#else
   constexpr uint32_t kRebias = (127u - 15u) << 23, kSmallestNormal = 113u << 23, kPastLargest = 143u << 23;  // 2^16
   const uint32_t sign = float_bits(value) & 0x80000000u;
   const uint32_t magnitude = float_bits(value) ^ sign;
@@ -39,6 +61,7 @@ USAF_HD F16 to_f16(float value) {
   bits = magnitude >= kPastLargest ? 0x7c00u : bits;
   bits = magnitude > 0x7f800000u ? 0x7e00u : bits;
   return F16{static_cast<uint16_t>(bits | (sign >> 16))};
+#endif
 }
 
 // The smallest binary16 that is at least `value`; `value` is not negative.

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FORMATS = {"bf16": 0, "nf4": 1}
-DTYPES = {"f32": 0, "bf16": 1}
+FORMATS = {"bf16": 0, "nf4": 1, "nf4_f16": 2, "int8": 3, "fp8": 4}
+DTYPES = {"f32": 0, "bf16": 1, "f16": 2}
+CODE_BITS = {"bf16": 16, "nf4": 4, "nf4_f16": 4, "int8": 8, "fp8": 8}
 STREAM = 0x5EED
 
 # The published table (arXiv 2305.14314, appendix E), written out here too: an oracle shares nothing with the code.
@@ -25,6 +26,8 @@ NF4 = np.array([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ], dtype=np.float32)
 # fmt: on
+# e4m3fn's 127 magnitudes by code: 3 mantissa bits, exponent bias 7, subnormals below code 8.
+FP8 = np.array([m / 512 if m < 8 else (1 + m % 8 / 8) * 2.0 ** (m // 8 - 7) for m in range(127)])
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,16 @@ def cases() -> list[Case]:
         (3, 0),
     ]
     found = []
-    for (format, dtype), (rows, cols) in itertools.product(itertools.product(FORMATS, DTYPES), shapes):
-        found.append(Case(format, dtype, rows, cols))
-        found.append(Case(format, dtype, rows, cols, padding=3, listed=True))
-        found.append(Case(format, dtype, rows, cols, padding=8 + (-cols) % 8, offset=1))
-        found.append(Case(format, dtype, 0, cols))
+    kinds = itertools.product(FORMATS, DTYPES)
+    for number, ((format, dtype), (rows, cols)) in enumerate(itertools.product(kinds, shapes)):
+        variants = [
+            Case(format, dtype, rows, cols),
+            Case(format, dtype, rows, cols, padding=3, listed=True),
+            Case(format, dtype, rows, cols, padding=8 + (-cols) % 8, offset=1),
+            Case(format, dtype, 0, cols),
+        ]
+        # How rows are found is the same code for every format: one of the variants each is enough for the others.
+        found += variants if format == "nf4" and dtype != "f16" else [variants[number % 3]]
     return found
 
 
@@ -83,16 +91,62 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def to_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
+    """fp32 as it is stored: itself, or 16 bits."""
+    if dtype == "f32":
+        return values
+    with np.errstate(over="ignore"):
+        return to_bf16(values) if dtype == "bf16" else values.astype(np.float16).view(np.uint16)
+
+
+def from_dtype(stored: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "f32":
+        return stored
+    return from_bf16(stored) if dtype == "bf16" else stored.view(np.float16).astype(np.float32)
+
+
+def used_bytes(format: str, cols: int) -> int:
+    return -(-cols * CODE_BITS[format] // 8)
+
+
 def code_bytes(format: str, cols: int) -> int:
-    return -(-(2 * cols if format == "bf16" else -(-cols // 2)) // 16) * 16
+    return -(-used_bytes(format, cols) // 16) * 16
 
 
 def num_blocks(format: str, cols: int) -> int:
-    return -(-cols // 64) if format == "nf4" else 0
+    return 0 if format == "bf16" else -(-cols // 64)
+
+
+def scale_dtype(format: str) -> type:
+    return np.float16 if format == "nf4_f16" else np.float32
+
+
+def steps(scales: np.ndarray, format: str) -> np.ndarray:
+    """What a code's value is multiplied by, fp32 [rows, blocks]."""
+    return scales / np.float32(127) if format == "int8" else scales.astype(np.float32)
+
+
+def half_at_least(values: np.ndarray) -> np.ndarray:
+    half = values.astype(np.float16)
+    return np.where(half.astype(np.float32) < values, np.nextafter(half, np.float16(np.inf)), half)
+
+
+def nearest_codes(scaled: np.ndarray, format: str) -> np.ndarray:
+    """One code a weight, uint8."""
+    if format == "int8":
+        return np.clip(np.rint(scaled), -127, 127).astype(np.int8).view(np.uint8)
+    if format == "fp8":
+        magnitude = np.minimum(np.abs(scaled).astype(np.float64), 448.0)
+        middle = (FP8[:-1] + FP8[1:]) / 2
+        code = np.searchsorted(middle, magnitude, side="left")  # a tie goes down, unless that is odd
+        tie = magnitude == np.append(middle, np.inf)[code]
+        return (code + (tie & (code % 2 == 1)) + 128 * np.signbit(scaled)).astype(np.uint8)
+    bounds = (NF4[:-1] + NF4[1:]) * np.float32(0.5)
+    return np.searchsorted(bounds, scaled, side="left").astype(np.uint8)  # a tie is not above its bound
 
 
 def encode_oracle(weight: np.ndarray, format: str) -> tuple[np.ndarray, np.ndarray]:
-    """fp32 [rows, cols] -> codes [rows, code_bytes], absmax [rows, num_blocks], by the documented rule."""
+    """fp32 [rows, cols] -> codes [rows, code_bytes], scales [rows, num_blocks], by the documented rule."""
     rows, cols = weight.shape
     codes = np.zeros((rows, code_bytes(format, cols)), np.uint8)
     if format == "bf16":
@@ -101,23 +155,28 @@ def encode_oracle(weight: np.ndarray, format: str) -> tuple[np.ndarray, np.ndarr
     padded = np.zeros((rows, num_blocks(format, cols) * 64), np.float32)
     padded[:, :cols] = weight
     absmax = np.abs(padded).reshape(rows, num_blocks(format, cols), 64).max(-1, initial=0.0)
-    inverse = np.float32(1) / np.maximum(absmax, np.float32(1e-38))
-    scaled = padded * np.repeat(inverse, 64, axis=1)
-    bounds = (NF4[:-1] + NF4[1:]) * np.float32(0.5)
-    index = np.searchsorted(bounds, scaled, side="left").astype(np.uint8)  # a tie is not above its bound
+    scales = absmax / np.float32(448) if format == "fp8" else absmax
+    scales = half_at_least(scales) if format == "nf4_f16" else scales.astype(np.float32)
+    inverse = np.float32(1) / np.maximum(steps(scales, format), np.float32(1e-38))
+    index = nearest_codes(padded * np.repeat(inverse, 64, axis=1), format)
     index[:, cols:] = 0
-    pairs = index[:, 0::2] << 4 | index[:, 1::2]
-    used = -(-cols // 2)
-    codes[:, :used] = pairs[:, :used]
-    return codes, absmax.astype(np.float32)
+    used = used_bytes(format, cols)
+    codes[:, :used] = (index[:, 0::2] << 4 | index[:, 1::2] if format.startswith("nf4") else index)[:, :used]
+    return codes, scales
 
 
 def decode_oracle(codes: np.ndarray, absmax: np.ndarray, cols: int, format: str) -> np.ndarray:
     """The exact values in float64."""
     if format == "bf16":
         return from_bf16(np.ascontiguousarray(codes[:, : 2 * cols]).view(np.uint16)).astype(np.float64)
-    index = np.stack([codes >> 4, codes & 15], axis=-1).reshape(len(codes), 2 * codes.shape[1])[:, :cols]
-    return NF4[index].astype(np.float64) * np.repeat(absmax, 64, axis=1)[:, :cols]
+    step = np.repeat(steps(absmax, format).astype(np.float64), 64, axis=1)[:, :cols]
+    if format.startswith("nf4"):
+        index = np.stack([codes >> 4, codes & 15], axis=-1).reshape(len(codes), 2 * codes.shape[1])[:, :cols]
+        return NF4[index].astype(np.float64) * step
+    raw = np.ascontiguousarray(codes[:, :cols])
+    if format == "int8":
+        return raw.view(np.int8).astype(np.float64) * step
+    return np.where(raw < 128, 1.0, -1.0) * FP8[raw & 127] * step
 
 
 def sample_weights(case: Case) -> np.ndarray:
@@ -131,9 +190,13 @@ def sample_weights(case: Case) -> np.ndarray:
     if case.rows > 3 and case.cols > 16:
         weight[2, 1:16] = (NF4[:-1] + NF4[1:]) * np.float32(0.5)
         weight[2, 0] = 1.0
-        weight[3, ::7] = np.float32(3e38)
+        weight[3, ::7] = np.float32(6e4 if "f16" in (case.dtype, case.format[4:]) else 3e38)
         weight[3, 1] = -0.0
-    return weight if case.dtype == "f32" else from_bf16(to_bf16(weight))
+    if case.rows > 4 and case.cols > 16:  # ties of int8, then of fp8
+        weight[4, :16] = np.append(np.arange(15) + np.float32(0.5), np.float32(127))
+    if case.rows > 6 and case.cols > 30:
+        weight[6, :30] = np.append((FP8[20:49] + FP8[21:50]) / 2, 448).astype(np.float32)
+    return from_dtype(to_dtype(weight, case.dtype), case.dtype)
 
 
 class Library:
@@ -180,10 +243,10 @@ def strided(values: np.ndarray, case: Case, fill: int) -> np.ndarray:
 
 def run_encode(library: Library, case: Case, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes and absmax as the kernel leaves them in rows of 0xaa / 77 bytes; listed rows land at 2 r + 1."""
-    stored = weight if case.dtype == "f32" else to_bf16(weight)
+    stored = to_dtype(weight, case.dtype)
     total = 2 * case.rows + 1 if case.listed else case.rows
     codes = np.full((total, code_bytes(case.format, case.cols)), 0xAA, np.uint8)
-    absmax = np.full((total, num_blocks(case.format, case.cols)), 77, np.float32)
+    absmax = np.full((total, num_blocks(case.format, case.cols)), 77, scale_dtype(case.format))
     index = 2 * np.arange(case.rows)[::-1] + 1
     codes_at, absmax_at = library.upload(codes), library.upload(absmax)
     weight_at = library.upload(strided(stored, case, 7), case.offset * stored.itemsize)
@@ -213,7 +276,7 @@ def expected_encode(case: Case, weight: np.ndarray) -> tuple[np.ndarray, np.ndar
     if not case.listed:
         return codes, absmax
     all_codes = np.full((2 * case.rows + 1, codes.shape[1]), 0xAA, np.uint8)
-    all_absmax = np.full((2 * case.rows + 1, absmax.shape[1]), 77, np.float32)
+    all_absmax = np.full((2 * case.rows + 1, absmax.shape[1]), 77, absmax.dtype)
     all_codes[1::2][::-1], all_absmax[1::2][::-1] = codes, absmax
     return all_codes, all_absmax
 
@@ -222,7 +285,7 @@ def expected_decode(case: Case, codes: np.ndarray, absmax: np.ndarray) -> np.nda
     picked = slice(1, None, 2) if case.listed else slice(None)
     with np.errstate(over="ignore"):
         value = decode_oracle(codes[picked], absmax[picked], case.cols, case.format).astype(np.float32)
-    stored = value if case.dtype == "f32" else to_bf16(value)
+    stored = to_dtype(value, case.dtype)
     return strided(stored[::-1] if case.listed else stored, case, 7)
 
 
@@ -236,7 +299,7 @@ def check_case(library: Library, case: Case) -> None:
             library.native.set_schedule(schedule)
             got_codes, got_absmax = run_encode(library, case, weight)
             np.testing.assert_array_equal(got_codes, codes, err_msg=f"{case} codes")
-            np.testing.assert_array_equal(got_absmax.view(np.uint32), absmax.view(np.uint32), err_msg=f"{case} absmax")
+            np.testing.assert_array_equal(got_absmax.view(np.uint8), absmax.view(np.uint8), err_msg=f"{case} absmax")
             got = run_decode(library, case, codes, absmax)
             np.testing.assert_array_equal(got.view(np.uint8), out.view(np.uint8), err_msg=f"{case} decoded")
     finally:
