@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-import report
+import tables
 import torch
 import usaf_ext
 
@@ -116,9 +116,9 @@ def pytest_terminal_summary(terminalreporter, config):
     if not benchmarks:
         return
     environment = _environment(config)
-    rows = report.rows_of(benchmarks, _copy_bandwidths)
-    fits = report.linear_fits(rows)
-    text = report.markdown(environment, _copy_bandwidths, rows, fits)
+    rows = tables.rows_of(benchmarks, _copy_bandwidths)
+    fits = tables.linear_fits(rows)
+    text = tables.markdown(environment, _copy_bandwidths, rows, fits)
     terminalreporter.write_line("\n" + text)
     name = config.getoption("--report")
     if name:

@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "bench"))
 
 import layers
-import report
+import tables
 from cases import TEST_SHAPE
 from op_cases import OP_CASES
 
@@ -65,12 +65,12 @@ def test_qlora_peer_computes_the_nf4_experts():
 
 def test_affine_fit_names_the_worst_point():
     rows = [{"axis": "tokens", "x": x, "median_ms": 2.0 + 3.0 * x} for x in (1, 2, 3, 4)]
-    (fit,) = report.linear_fits(rows)
+    (fit,) = tables.linear_fits(rows)
     assert fit["ms_per_unit"] == pytest.approx(3.0)
     assert fit["ms_at_zero"] == pytest.approx(2.0)
     assert fit["worst_percent_above_fit"] == pytest.approx(0.0, abs=1e-9)
     rows[2]["median_ms"] *= 2
-    (fit,) = report.linear_fits(rows)
+    (fit,) = tables.linear_fits(rows)
     assert fit["worst_x"] == 3
     assert fit["worst_percent_above_fit"] > 10
 
@@ -84,9 +84,9 @@ def test_rows_pair_each_round():
         extra_info = {"size": "s", "bytes": 4_000_000_000, "threads": 1, "peers": {"torch": [1.0, 4.0, 12.0]}}
         stats = Stats()
 
-    ours, peer = report.rows_of([Bench()], {1: 4e9})
+    ours, peer = tables.rows_of([Bench()], {1: 4e9})
     assert ours["gb_per_s"] == pytest.approx(1.0)
     assert ours["percent_of_copy"] == pytest.approx(25.0)
     assert peer["ours_over_peer"] == pytest.approx(1.0)  # the median of 2, 1 and 0.5, not 4 / 4
     environment = {"device": "d", "versions": {}, "command": "c", "date": "t", "load_average_at_start": 0.0}
-    assert "1.00 +- " in report.markdown(environment, {1: 4e9}, [ours, peer], [])
+    assert "1.00 +- " in tables.markdown(environment, {1: 4e9}, [ours, peer], [])

@@ -411,7 +411,8 @@ def test_a_run_without_a_loss_is_recorded_and_a_defect_is_not(short, monkeypatch
 def test_a_killed_or_interrupted_study_leaves_no_process(tmp_path, ending, status):
     driver = tmp_path / "driver.py"
     driver.write_text(
-        f"import os, sys, time\nsys.path.insert(0, {str(STUDY)!r})\nimport core\n"
+        f"import os, signal, sys, time\nsys.path.insert(0, {str(STUDY)!r})\nimport core\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job's children ignore it
         "def work(pool):\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
         "    pool.submit(time.sleep, 600)\n"
