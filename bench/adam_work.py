@@ -32,7 +32,7 @@ def _adam(mode: str, format: str, moments: str, grad_dtype: torch.dtype, shape: 
 
     def ours():
         ops.masked_adam_(codes, absmax, exp_avg, exp_avg_sq, step, grad, format=format, mode=mode, **HYPER, **state)
-        return state["master"].float() if mode == "master" else None
+        return state.get("master")
 
     parameter = torch.nn.Parameter(weight.float())
     parameter.grad = grad.float()

@@ -189,7 +189,8 @@ def plot(rows: dict[str, Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(11, 7))
+    figure, axes = plt.subplots(figsize=(12, 8))
+    points = []
     for row in rows.values():
         if row.failed:
             continue
@@ -197,7 +198,19 @@ def plot(rows: dict[str, Row], path: Path) -> None:
         marker = {"neurons": "o", "blocks": "s", "lora": "^", "lora+neurons": "D", "full": "*"}[row.cell.kind]
         x, y = row.total_bytes, statistics.mean(values)
         axes.errorbar([x], [y], yerr=statistics.stdev(values), marker=marker, linestyle="none", capsize=2)
-        axes.annotate(row.cell.name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        points.append((y, x, row.cell.name))
+    # Many cells lie close together: their names stand in one column, in the order of their losses, with lines to them.
+    points.sort()
+    for i, (y, x, name) in enumerate(points):
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1.04, (i + 0.5) / len(points)),
+            textcoords="axes fraction",
+            fontsize=8,
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "alpha": 0.5},
+        )
     axes.set_xscale("log")
     axes.set_xlabel("all trained state, codes included (bytes)")
     axes.set_ylabel("held-out loss on the new text (nats per token)")
