@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--router", choices=("frozen", "topk"), default="frozen", help="train the router too: topk")
     demo.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
 
-    commands.add_parser("info", help="backends, devices, threads and versions")
+    info = commands.add_parser("info", help="backends, devices, threads and versions")
+    info.add_argument("--check", action="store_true", help="test every op and the pager on every device present")
 
     quantize = commands.add_parser("quantize", help="write a checkpoint's experts as a quantised store")
     quantize.add_argument(
@@ -124,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 2 bad input, 130 interrupted (the run was saved)."""
+    """Run one command. Exit codes: 0 done, 1 a self-test failed (info --check), 2 bad input, 130 interrupted (the run
+    was saved)."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if arguments.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"

@@ -28,8 +28,7 @@ def _load(arguments: argparse.Namespace):
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """Backends, devices, threads and versions."""
-    del arguments
+    """Backends, devices, threads and versions; with --check, a self-test of each device (exit code 1 if one fails)."""
     rows = [("usaf_ext", f"{__version__}, built for torch {_C.TORCH_VERSION}")]
     rows.append(("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"))
     for package in _SHOWN_PACKAGES:
@@ -48,7 +47,20 @@ def info(arguments: argparse.Namespace) -> int:
     rows.append(("formats", ", ".join(_C.FORMATS)))
     for name, value in rows:
         print(f"{name:14} {value}")
-    return 0
+    return _self_check() if arguments.check else 0
+
+
+def _self_check() -> int:
+    from .self_check import run_checks
+
+    print()
+    failed = checked = 0
+    for outcome in run_checks():
+        print(f"{outcome.status:7}{outcome.device:14}{outcome.name:40}{outcome.detail}", flush=True)
+        failed += outcome.status == "FAIL"
+        checked += outcome.status != "absent"
+    print(f"\n{checked} checks against the CPU's plain path, {failed} failed")
+    return 1 if failed else 0
 
 
 def quantize(arguments: argparse.Namespace) -> int:
