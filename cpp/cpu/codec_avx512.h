@@ -20,6 +20,7 @@ namespace usaf::cpu::avx512 {
 
 // Weights come from DRAM once: ask for them this far ahead.
 inline constexpr int64_t kPrefetchBytes = 2048;
+inline constexpr int64_t kEncodePrefetchBytes = 4096;
 
 // Picks the high halves of two registers' doublewords.
 struct OddWords {
@@ -224,6 +225,9 @@ template <class T>
 USAF_AVX512 inline uint32_t block_magnitude(const T* weight) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i largest = _mm512_and_si512(_mm512_castps_si512(load(weight)), magnitude);
+  for (size_t i = 0; i < kBlockSize * sizeof(T); i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(weight) + kEncodePrefetchBytes + i, _MM_HINT_T0);
+  }
   for (int i = 1; i < 4; ++i) {
     const __m512i bits = _mm512_and_si512(_mm512_castps_si512(load(weight + 16 * i)), magnitude);
     largest = _mm512_max_epu32(largest, bits);
