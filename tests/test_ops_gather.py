@@ -92,6 +92,15 @@ def test_results_too_large_for_the_caches(hidden_size):
     expected = x.float() * (inverse >= 0).sum(1, keepdim=True)
     assert torch.equal(ops.expert_scatter(permuted, inverse, None), expected.bfloat16())
 
+    grad_out, weights = torch.randn(4200, hidden_size).bfloat16(), torch.rand(4200, 2)
+    grad_permuted, grad_weights = torch.ops.usaf.expert_scatter_backward(grad_out, permuted, inverse, weights)
+    owned = inverse >= 0
+    scaled = torch.zeros_like(permuted)
+    scaled[inverse[owned].long()] = (weights[..., None] * grad_out[:, None].float()).bfloat16()[owned]
+    assert torch.equal(grad_permuted, scaled)
+    dots = (x.double() * grad_out.double()).sum(1, keepdim=True) * owned
+    torch.testing.assert_close(grad_weights.double(), dots, rtol=1e-4, atol=1e-3)
+
 
 def test_scatter_rows_no_pair_owns_get_zero_gradient():
     permuted = torch.randn(5, 4, requires_grad=True)

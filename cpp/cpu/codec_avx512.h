@@ -5,6 +5,7 @@
 // bits moved is a binary16 one 2^8 times smaller.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "../numerics/bfloat16.h"
 #include "../numerics/block_codec.h"
@@ -19,6 +20,7 @@ namespace usaf::cpu::avx512 {
 
 // Weights come from DRAM once: ask for them this far ahead.
 inline constexpr int64_t kPrefetchBytes = 2048;
+inline constexpr int64_t kEncodePrefetchBytes = 4096;
 
 // Picks the high halves of two registers' doublewords.
 struct OddWords {
@@ -40,11 +42,15 @@ USAF_AVX512 inline __m512 load(const F16* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-// to_bf16 of numerics/bfloat16.h, in the high halves.
-USAF_AVX512 inline __m512i round_to_bf16(__m512 value) {
+// to_bf16 of numerics/bfloat16.h, in the high halves, unless it is a NaN whose low half is not zero.
+USAF_AVX512 inline __m512i round_number_to_bf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+}
+// to_bf16 of numerics/bfloat16.h, in the high halves.
+USAF_AVX512 inline __m512i round_to_bf16(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value), nearest = round_number_to_bf16(value);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   return _mm512_mask_or_epi32(nearest, is_nan, bits, _mm512_set1_epi32(0x400000));
 }
@@ -54,8 +60,11 @@ USAF_AVX512 inline __m256i to_16_bits(__m512 value, Bf16) {
 USAF_AVX512 inline __m256i to_16_bits(__m512 value, F16) {
   return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+USAF_AVX512 inline __m512i odd_words(__m512i low, __m512i high) {
+  return _mm512_permutex2var_epi16(low, _mm512_loadu_si512(kOddWords.word), high);
+}
 USAF_AVX512 inline __m512i to_16_bits(__m512 low, __m512 high, Bf16) {
-  return _mm512_permutex2var_epi16(round_to_bf16(low), _mm512_loadu_si512(kOddWords.word), round_to_bf16(high));
+  return odd_words(round_to_bf16(low), round_to_bf16(high));
 }
 USAF_AVX512 inline __m512i to_16_bits(__m512 low, __m512 high, F16) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(to_16_bits(low, F16{})), to_16_bits(high, F16{}), 1);
@@ -117,13 +126,20 @@ USAF_AVX512 inline Values int8_values(__m256i codes) {
           _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)))};
 }
 USAF_AVX512 inline Values fp8_values(__m256i codes) {
-  const __m512i wide = _mm512_cvtepu8_epi16(codes);
-  const __m512i magnitude = _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x7f)), 7);
-  const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f << 7));
-  const __m512i number = _mm512_mask_mov_epi16(magnitude, is_nan, _mm512_set1_epi16(0x7e00));
-  const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x80)), 8);
-  const __m512i half = _mm512_or_si512(number, sign);
+  const __m512i wide = _mm512_cvtepi8_epi16(codes), magnitude = _mm512_set1_epi16(0x7f);
+  const __m512i number = _mm512_andnot_si512(_mm512_set1_epi16(0x4000), _mm512_slli_epi16(wide, 7));
+  const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(wide, magnitude), magnitude);
+  const __m512i half = _mm512_mask_add_epi16(number, is_nan, number, _mm512_set1_epi16(0x7e00 - 0x3f80));
   return {_mm512_cvtph_ps(_mm512_castsi512_si256(half)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1))};
+}
+
+// A factor whose products with the codes' values round_number_to_bf16 may take: a NaN loses its low half, as it would.
+USAF_AVX512 inline __m512 without_low_nan(__m512 factor) {
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(factor, factor, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_castps_si512(factor);
+  const __m512i quiet =
+      _mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi32(~0xffff)), _mm512_set1_epi32(0x400000));
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, is_nan, quiet));
 }
 
 template <Format kFormat, bool kStream, class T>
@@ -137,11 +153,17 @@ USAF_AVX512 inline void decode_blocks(const uint8_t* codes, const typename Block
       const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(kNf4Values), _mm512_set1_ps(step));
       decode_nf4_block<kStream>(codes, table, out);
     } else {
-      const __m512 factor = _mm512_set1_ps(kFormat == Format::fp8 ? step * 256.0f : step);  // exact
+      __m512 factor = _mm512_set1_ps(kFormat == Format::fp8 ? step * 256.0f : step);  // exact
+      if constexpr (std::is_same_v<T, Bf16>) factor = without_low_nan(factor);
       for (int64_t i = 0; i < kBlockSize; i += 32) {
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
         const Values value = kFormat == Format::fp8 ? fp8_values(bytes) : int8_values(bytes);
-        store<kStream>(out + i, _mm512_mul_ps(value.low, factor), _mm512_mul_ps(value.high, factor));
+        const __m512 low = _mm512_mul_ps(value.low, factor), high = _mm512_mul_ps(value.high, factor);
+        if constexpr (std::is_same_v<T, Bf16>) {
+          store_bytes<kStream>(out + i, odd_words(round_number_to_bf16(low), round_number_to_bf16(high)));
+        } else {
+          store<kStream>(out + i, low, high);
+        }
       }
     }
   }
@@ -203,6 +225,9 @@ template <class T>
 USAF_AVX512 inline uint32_t block_magnitude(const T* weight) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i largest = _mm512_and_si512(_mm512_castps_si512(load(weight)), magnitude);
+  for (size_t i = 0; i < kBlockSize * sizeof(T); i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(weight) + kEncodePrefetchBytes + i, _MM_HINT_T0);
+  }
   for (int i = 1; i < 4; ++i) {
     const __m512i bits = _mm512_and_si512(_mm512_castps_si512(load(weight + 16 * i)), magnitude);
     largest = _mm512_max_epu32(largest, bits);

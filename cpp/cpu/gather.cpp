@@ -27,47 +27,53 @@ USAF_CLONES void add_scaled(const F16* row, float weight, int64_t count, float* 
   for (int64_t i = 0; i < count; ++i) sum[i] += weight * to_float(row[i]);
 }
 
-USAF_CLONES void scale(const float* row, float weight, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = weight * row[i];
-}
-USAF_CLONES void scale(const Bf16* row, float weight, int64_t count, Bf16* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(weight * to_float(row[i]));
-}
-USAF_CLONES void scale(const F16* row, float weight, int64_t count, F16* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = to_f16(weight * to_float(row[i]));
-}
-
-// Rows that are summed with weights, and the rows of the next sum, which are asked for meanwhile.
+// Rows that are summed with weights, and as many rows of the next sum, which are asked for meanwhile.
 struct WeightedRows {
   const void* const* rows;
   const float* weights;
   int64_t num_rows;
   const void* const* next;
-  int64_t num_next;
 };
 
 constexpr int64_t kAheadBytes = 1024;  // how far before their use a row's lines are asked for
 
-// out = sum over the rows, ascending, of weight * row. The sums of a cache line's columns stay in registers.
-template <class T>
-USAF_ALWAYS_INLINE void sum_rows(const WeightedRows& from, int64_t count, T* out) {
+// out = sum over the rows, ascending, of weight * row, for kLines cache lines of columns; the sums stay in registers.
+template <int64_t kLines, class T>
+USAF_ALWAYS_INLINE void sum_lines(const WeightedRows& from, int64_t column, const void* const* soon, int64_t ahead,
+                                  bool stream, T* out) {
   constexpr int64_t kWidth = kLineLanes<T> * kLanes;
-  constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
-  int64_t column = 0;
-  for (; column + kWidth <= count; column += kWidth) {
-    Line<T> sum = {};
-    for (int64_t k = 0; k < from.num_rows; ++k) {
+  Line<T> sum[kLines] = {};
+  for (int64_t k = 0; k < from.num_rows; ++k) {
+    const T* row = static_cast<const T*>(from.rows[k]) + column;
+    const Lanes weight = from.weights[k] - Lanes{};
+    for (int64_t l = 0; l < kLines; ++l) {
+      __builtin_prefetch(static_cast<const T*>(soon[k]) + ahead + l * kWidth);
       Line<T> line;
-      load_line(static_cast<const T*>(from.rows[k]) + column, line);
-      for (int64_t i = 0; i < kLineLanes<T>; ++i) sum[i] += from.weights[k] * line[i];
+      load_line(row + l * kWidth, line);
+      for (int64_t i = 0; i < kLineLanes<T>; ++i) sum[l][i] += weight * line[i];
     }
-    const bool wraps = column + kAhead >= count;
-    const int64_t ahead = column + kAhead - (wraps ? count : 0), num_ahead = wraps ? from.num_next : from.num_rows;
-    for (int64_t k = 0; k < num_ahead; ++k) {
-      __builtin_prefetch(static_cast<const T*>(wraps ? from.next[k] : from.rows[k]) + ahead);
-    }
-    store_line(sum, out + column);
   }
+  for (int64_t l = 0; l < kLines; ++l) {
+    if (stream) {
+      T line[kWidth];
+      store_line(sum[l], line);
+      stream_copy(line, kLineBytes, out + column + l * kWidth);
+    } else {
+      store_line(sum[l], out + column + l * kWidth);
+    }
+  }
+}
+
+// The same for all columns.
+template <class T>
+USAF_ALWAYS_INLINE void sum_rows(const WeightedRows& from, int64_t count, bool stream, T* out) {
+  constexpr int64_t kWidth = kLineLanes<T> * kLanes, kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
+  int64_t column = 0;
+  for (; column + 2 * kWidth <= count; column += 2 * kWidth) {
+    const bool wraps = column + kAhead >= count;
+    sum_lines<2>(from, column, wraps ? from.next : from.rows, column + kAhead - (wraps ? count : 0), stream, out);
+  }
+  for (; column + kWidth <= count; column += kWidth) sum_lines<1>(from, column, from.next, 0, stream, out);
   for (; column < count; ++column) {
     float sum = 0.0f;
     for (int64_t k = 0; k < from.num_rows; ++k) {
@@ -77,13 +83,53 @@ USAF_ALWAYS_INLINE void sum_rows(const WeightedRows& from, int64_t count, T* out
   }
 }
 
-USAF_CLONES void combine_row(const WeightedRows& from, int64_t count, float* out) { sum_rows(from, count, out); }
-USAF_CLONES void combine_row(const WeightedRows& from, int64_t count, Bf16* out) { sum_rows(from, count, out); }
-USAF_CLONES void combine_row(const WeightedRows& from, int64_t count, F16* out) { sum_rows(from, count, out); }
+USAF_CLONES void combine_row(const WeightedRows& from, int64_t count, bool stream, float* out) {
+  sum_rows(from, count, stream, out);
+}
+USAF_CLONES void combine_row(const WeightedRows& from, int64_t count, bool stream, Bf16* out) {
+  sum_rows(from, count, stream, out);
+}
+USAF_CLONES void combine_row(const WeightedRows& from, int64_t count, bool stream, F16* out) {
+  sum_rows(from, count, stream, out);
+}
 
-USAF_CLONES float dot_rows(const float* a, const float* b, int64_t count) { return dot(a, b, count); }
-USAF_CLONES float dot_rows(const Bf16* a, const Bf16* b, int64_t count) { return dot(a, b, count); }
-USAF_CLONES float dot_rows(const F16* a, const F16* b, int64_t count) { return dot(a, b, count); }
+// out = weight * grad; returns <grad, row>, in the order of dot (simd.h). The next row is asked for meanwhile.
+template <class T>
+USAF_ALWAYS_INLINE float dot_and_scale(const T* grad, const T* row, const T* next, float weight, int64_t count,
+                                       bool stream, T* out) {
+  constexpr int64_t kWidth = kLineLanes<T> * kLanes;
+  Lanes sum = {};
+  int64_t column = 0;
+  for (; column + kWidth <= count; column += kWidth) {
+    __builtin_prefetch(next + column);
+    alignas(kLineBytes) T line[kWidth];
+    for (int64_t i = 0; i < kWidth; i += kLanes) add_products(grad + column + i, row + column + i, sum);
+    Line<T> scaled;
+    load_line(grad + column, scaled);
+    for (Lanes& lanes : scaled) lanes *= weight;
+    store_line(scaled, line);
+    if (stream) {
+      stream_copy(line, kLineBytes, out + column);
+    } else {
+      std::memcpy(out + column, line, kLineBytes);
+    }
+  }
+  for (int64_t i = column; i < count; ++i) out[i] = from_float<T>(weight * to_float(grad[i]));
+  return end_dot(grad, row, column, count, sum);
+}
+
+USAF_CLONES float combine_backward(const float* grad, const float* row, const float* next, float weight, int64_t count,
+                                   bool stream, float* out) {
+  return dot_and_scale(grad, row, next, weight, count, stream, out);
+}
+USAF_CLONES float combine_backward(const Bf16* grad, const Bf16* row, const Bf16* next, float weight, int64_t count,
+                                   bool stream, Bf16* out) {
+  return dot_and_scale(grad, row, next, weight, count, stream, out);
+}
+USAF_CLONES float combine_backward(const F16* grad, const F16* row, const F16* next, float weight, int64_t count,
+                                   bool stream, F16* out) {
+  return dot_and_scale(grad, row, next, weight, count, stream, out);
+}
 
 }  // namespace
 
@@ -157,13 +203,12 @@ void combine_rows(const CombineRowsArgs& args, void*) {
     const int64_t row_bytes = args.hidden_size * int64_t{sizeof(T)};
     const bool stream = may_stream(out, args.num_tokens, row_bytes, row_bytes, 1);
     parallel_for_runs(args.num_tokens, args.hidden_size * (args.top_k + 1), [&](int64_t first, int64_t last) {
-      std::vector<const void*> rows, next;
+      std::vector<const void*> rows, next, ahead;
       std::vector<float> weights, next_weights;
-      std::vector<T> combined(static_cast<size_t>(stream ? args.hidden_size : 0));
       const auto list = [&](int64_t t) {  // the rows of token t, into next
         next.clear();
         next_weights.clear();
-        for (int64_t pair = t * args.top_k; t < last && pair < (t + 1) * args.top_k; ++pair) {
+        for (int64_t pair = t * args.top_k; t < args.num_tokens && pair < (t + 1) * args.top_k; ++pair) {
           if (args.inverse[pair] < 0) continue;
           next.push_back(permuted + args.inverse[pair] * args.hidden_size);
           next_weights.push_back(args.weights ? load(args.weights, args.weights_dtype, pair) : 1.0f);
@@ -175,10 +220,10 @@ void combine_rows(const CombineRowsArgs& args, void*) {
         weights.swap(next_weights);
         list(t + 1);
         T* to = out + t * args.hidden_size;
-        combine_row({rows.data(), weights.data(), static_cast<int64_t>(rows.size()), next.data(),
-                     static_cast<int64_t>(next.size())},
-                    args.hidden_size, stream ? combined.data() : to);
-        if (stream) stream_copy(combined.data(), row_bytes, to);
+        ahead.assign(next.begin(), next.end());
+        ahead.resize(std::max(ahead.size(), rows.size()), permuted);
+        combine_row({rows.data(), weights.data(), static_cast<int64_t>(rows.size()), ahead.data()}, args.hidden_size,
+                    stream, to);
       }
       if (stream) stream_fence();
     });
@@ -190,20 +235,26 @@ void combine_rows_backward(const CombineRowsBackwardArgs& args, void*) {
     const T* grad_out = static_cast<const T*>(args.grad_out);
     const T* permuted = static_cast<const T*>(args.permuted);
     T* grad_permuted = static_cast<T*>(args.grad_permuted);
+    const int64_t row_bytes = args.hidden_size * int64_t{sizeof(T)};
+    const bool stream = may_stream(grad_permuted, args.num_rows, row_bytes, row_bytes, 1);
+    const int64_t num_pairs = args.num_tokens * args.top_k;
     std::vector<uint8_t> owned(static_cast<size_t>(args.num_rows), 0);
-    parallel_for(args.num_tokens, args.hidden_size * args.top_k, [&](int64_t t) {
-      const T* grad = grad_out + t * args.hidden_size;
-      for (int64_t pair = t * args.top_k; pair < (t + 1) * args.top_k; ++pair) {
+    parallel_for_runs(args.num_tokens, args.hidden_size * args.top_k, [&](int64_t first, int64_t last) {
+      for (int64_t pair = first * args.top_k; pair < last * args.top_k; ++pair) {
         const int64_t p = args.inverse[pair];
         if (p < 0) {
           store(args.grad_weights, args.weights_dtype, pair, 0.0f);
           continue;
         }
         owned[static_cast<size_t>(p)] = 1;
-        const int64_t start = p * args.hidden_size;
-        store(args.grad_weights, args.weights_dtype, pair, dot_rows(grad, permuted + start, args.hidden_size));
-        scale(grad, load(args.weights, args.weights_dtype, pair), args.hidden_size, grad_permuted + start);
+        const int64_t next = pair + 1 < num_pairs && args.inverse[pair + 1] >= 0 ? args.inverse[pair + 1] : p;
+        const float grad_weight =
+            combine_backward(grad_out + pair / args.top_k * args.hidden_size, permuted + p * args.hidden_size,
+                             permuted + next * args.hidden_size, load(args.weights, args.weights_dtype, pair),
+                             args.hidden_size, stream, grad_permuted + p * args.hidden_size);
+        store(args.grad_weights, args.weights_dtype, pair, grad_weight);
       }
+      if (stream) stream_fence();
     });
     parallel_for(args.num_rows, args.hidden_size, [&](int64_t p) {
       if (!owned[static_cast<size_t>(p)]) std::fill_n(grad_permuted + p * args.hidden_size, args.hidden_size, T{});

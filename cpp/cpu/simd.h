@@ -92,20 +92,25 @@ USAF_ALWAYS_INLINE float sum_lanes(const Lanes& lanes) {
   return value[0];
 }
 
-// <a, b> in fp32: lane-wise partial sums in ascending order, their tree, then the tail one by one.
 template <class T>
-USAF_ALWAYS_INLINE float dot(const T* a, const T* b, int64_t count) {
-  Lanes sum = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    Lanes left, right;
-    load_lanes(a + i, left);
-    load_lanes(b + i, right);
-    sum += left * right;
-  }
+USAF_ALWAYS_INLINE void add_products(const T* a, const T* b, Lanes& sum) {
+  Lanes left, right;
+  load_lanes(a, left);
+  load_lanes(b, right);
+  sum += left * right;
+}
+// The rest of dot: from column `i` on, a multiple of kLanes, with the lane-wise sums of those before.
+template <class T>
+USAF_ALWAYS_INLINE float end_dot(const T* a, const T* b, int64_t i, int64_t count, Lanes sum) {
+  for (; i + kLanes <= count; i += kLanes) add_products(a + i, b + i, sum);
   float total = sum_lanes(sum);
   for (; i < count; ++i) total += to_float(a[i]) * to_float(b[i]);
   return total;
+}
+// <a, b> in fp32: lane-wise partial sums in ascending order, their tree, then the tail one by one.
+template <class T>
+USAF_ALWAYS_INLINE float dot(const T* a, const T* b, int64_t count) {
+  return end_dot(a, b, 0, count, Lanes{});
 }
 
 }  // namespace usaf::cpu
