@@ -1,5 +1,5 @@
-// Gated activation, forward and backward. Rows are widened to fp32 gate and up buffers, so that one vectorised loop
-// serves both layouts and both types.
+// Gated activation, forward and backward. A tile of a row is widened to fp32 gate and up buffers, so that one
+// vectorised loop serves both layouts and all types; a row is one function, compiled for every instruction set.
 #include <algorithm>
 
 #include "../kernel_api.h"
@@ -13,51 +13,143 @@ namespace {
 
 constexpr int64_t kTile = 128;  // columns of a row handled at a time
 
-struct Tile {
-  float gate[kTile], up[kTile], h[kTile], d_gate[kTile], d_up[kTile];
-};
-
-template <class Act>
-USAF_ALWAYS_INLINE void activate(int64_t count, Tile& tile) {
-  for (int64_t i = 0; i < count; ++i) {
-    const GatedValue value = Act::apply(tile.gate[i], tile.up[i]);
-    tile.h[i] = value.h;
-    tile.d_gate[i] = value.d_gate;
-    tile.d_up[i] = value.d_up;
+// Elements 0, kStep, 2 * kStep, .. as floats, and back.
+template <int64_t kStep, class T>
+USAF_ALWAYS_INLINE void widen(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  if constexpr (kStep == 1) {
+    for (; i + kLanes <= count; i += kLanes) {
+      Lanes lanes;
+      load_lanes(from + i, lanes);
+      store_lanes(lanes, to + i);
+    }
   }
+  for (; i < count; ++i) to[i] = to_float(from[i * kStep]);
 }
 
-USAF_CLONES void activate_silu(int64_t count, Tile& tile) { activate<Silu>(count, tile); }
-USAF_CLONES void activate_gelu_tanh(int64_t count, Tile& tile) { activate<GeluTanh>(count, tile); }
-USAF_CLONES void activate_swiglu_clamped(int64_t count, Tile& tile) { activate<SwigluClamped>(count, tile); }
+template <int64_t kStep, class T>
+USAF_ALWAYS_INLINE void narrow(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  if constexpr (kStep == 1) {
+    for (; i + kLanes <= count; i += kLanes) {
+      Lanes lanes;
+      load_lanes(from + i, lanes);
+      store_lanes(lanes, to + i);
+    }
+  }
+  for (; i < count; ++i) to[i * kStep] = from_float<T>(from[i]);
+}
 
-void activate(Activation activation, int64_t count, Tile& tile) {
+// Where gate and up stand in a row of gate_up: apart (kStep 1) or interleaved (kStep 2).
+template <int64_t kStep>
+USAF_ALWAYS_INLINE int64_t gate_column(int64_t column) {
+  return kStep * column;
+}
+template <int64_t kStep>
+USAF_ALWAYS_INLINE int64_t up_column(int64_t column, int64_t width) {
+  return kStep == 1 ? width + column : kStep * column + 1;
+}
+
+template <int64_t kStep, class T>
+USAF_ALWAYS_INLINE void load_columns(const T* row, const float* bias, int64_t start, int64_t count, int64_t width,
+                                     float* gate, float* up) {
+  const int64_t gate_at = gate_column<kStep>(start), up_at = up_column<kStep>(start, width);
+  widen<kStep>(row + gate_at, count, gate);
+  widen<kStep>(row + up_at, count, up);
+  if (!bias) return;
+  for (int64_t i = 0; i < count; ++i) gate[i] += bias[gate_at + i * kStep];
+  for (int64_t i = 0; i < count; ++i) up[i] += bias[up_at + i * kStep];
+}
+
+// One row of the forward.
+template <class T>
+struct ForwardRow {
+  const T* gate_up;
+  const float* bias;
+  T* h;
+  int64_t width;
+
+  template <class Act, int64_t kStep>
+  USAF_ALWAYS_INLINE void run() const {
+    alignas(64) float gate[kTile], up[kTile];
+    for (int64_t start = 0; start < width; start += kTile) {
+      const int64_t count = std::min(kTile, width - start);
+      load_columns<kStep>(gate_up, bias, start, count, width, gate, up);
+      for (int64_t i = 0; i < count; ++i) gate[i] = Act::apply(gate[i], up[i]).h;
+      narrow<1>(gate, count, h + start);
+    }
+  }
+};
+
+// One row of the backward. grad_row_weight and weighted_h may be null.
+template <class T>
+struct BackwardRow {
+  const T *grad_h, *gate_up;
+  const float* bias;
+  float row_weight;
+  T *grad_gate_up, *weighted_h;
+  float* grad_row_weight;
+  int64_t width;
+
+  template <class Act, int64_t kStep>
+  USAF_ALWAYS_INLINE void run() const {
+    alignas(64) float gate[kTile], up[kTile], h[kTile], grad[kTile];
+    float sum = 0.0f;
+    for (int64_t start = 0; start < width; start += kTile) {
+      const int64_t count = std::min(kTile, width - start);
+      load_columns<kStep>(gate_up, bias, start, count, width, gate, up);
+      widen<1>(grad_h + start, count, grad);
+      for (int64_t i = 0; i < count; ++i) {
+        const GatedValue value = Act::apply(gate[i], up[i]);
+        h[i] = value.h;
+        gate[i] = grad[i] * row_weight * value.d_gate;
+        up[i] = grad[i] * row_weight * value.d_up;
+      }
+      if (grad_row_weight) sum += dot(h, grad, count);
+      narrow<kStep>(gate, count, grad_gate_up + gate_column<kStep>(start));
+      narrow<kStep>(up, count, grad_gate_up + up_column<kStep>(start, width));
+      if (!weighted_h) continue;
+      for (int64_t i = 0; i < count; ++i) h[i] = row_weight * h[i];
+      narrow<1>(h, count, weighted_h + start);
+    }
+    if (grad_row_weight) *grad_row_weight = sum;
+  }
+};
+
+template <int64_t kStep, class Row>
+USAF_ALWAYS_INLINE void run_row(const Row& row, Activation activation) {
   switch (activation) {
     case Activation::silu:
-      return activate_silu(count, tile);
+      return row.template run<Silu, kStep>();
     case Activation::gelu_tanh:
-      return activate_gelu_tanh(count, tile);
+      return row.template run<GeluTanh, kStep>();
     case Activation::swiglu_clamped:
-      return activate_swiglu_clamped(count, tile);
+      return row.template run<SwigluClamped, kStep>();
   }
 }
 
-// Where columns [start, start + count) of gate and up stand in a row of gate_up.
-struct Columns {
-  int64_t gate, up, step;
-};
-
-Columns columns(bool interleaved, int64_t intermediate_size, int64_t start) {
-  return interleaved ? Columns{2 * start, 2 * start + 1, 2} : Columns{start, intermediate_size + start, 1};
+template <class Row>
+USAF_ALWAYS_INLINE void run_any(const Row& row, Activation activation, bool interleaved) {
+  return interleaved ? run_row<2>(row, activation) : run_row<1>(row, activation);
 }
 
-template <class T>
-USAF_ALWAYS_INLINE void load_columns(const T* row, const float* bias, const Columns& at, int64_t count, Tile& tile) {
-  for (int64_t i = 0; i < count; ++i) tile.gate[i] = to_float(row[at.gate + i * at.step]);
-  for (int64_t i = 0; i < count; ++i) tile.up[i] = to_float(row[at.up + i * at.step]);
-  if (!bias) return;
-  for (int64_t i = 0; i < count; ++i) tile.gate[i] += bias[at.gate + i * at.step];
-  for (int64_t i = 0; i < count; ++i) tile.up[i] += bias[at.up + i * at.step];
+USAF_CLONES void run(const ForwardRow<float>& row, Activation activation, bool interleaved) {
+  run_any(row, activation, interleaved);
+}
+USAF_CLONES void run(const ForwardRow<Bf16>& row, Activation activation, bool interleaved) {
+  run_any(row, activation, interleaved);
+}
+USAF_CLONES void run(const ForwardRow<F16>& row, Activation activation, bool interleaved) {
+  run_any(row, activation, interleaved);
+}
+USAF_CLONES void run(const BackwardRow<float>& row, Activation activation, bool interleaved) {
+  run_any(row, activation, interleaved);
+}
+USAF_CLONES void run(const BackwardRow<Bf16>& row, Activation activation, bool interleaved) {
+  run_any(row, activation, interleaved);
+}
+USAF_CLONES void run(const BackwardRow<F16>& row, Activation activation, bool interleaved) {
+  run_any(row, activation, interleaved);
 }
 
 }  // namespace
@@ -68,14 +160,7 @@ void glu(const GluArgs& args, void*) {
     T* h = static_cast<T*>(args.h);
     const int64_t width = args.intermediate_size;
     parallel_for(args.num_rows, 4 * width, [&](int64_t p) {
-      Tile tile;
-      for (int64_t start = 0; start < width; start += kTile) {
-        const int64_t count = std::min(kTile, width - start);
-        load_columns(gate_up + p * 2 * width, args.bias, columns(args.interleaved, width, start), count, tile);
-        activate(args.activation, count, tile);
-        T* out = h + p * width + start;
-        for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(tile.h[i]);
-      }
+      run(ForwardRow<T>{gate_up + p * 2 * width, args.bias, h + p * width, width}, args.activation, args.interleaved);
     });
   });
 }
@@ -88,26 +173,11 @@ void glu_backward(const GluBackwardArgs& args, void*) {
     T* weighted_h = static_cast<T*>(args.weighted_h);
     const int64_t width = args.intermediate_size;
     parallel_for(args.num_rows, 8 * width, [&](int64_t p) {
-      const float row_weight = args.row_weight ? args.row_weight[p] : 1.0f;
-      float grad_row_weight = 0.0f;
-      Tile tile;
-      float grad[kTile];
-      for (int64_t start = 0; start < width; start += kTile) {
-        const int64_t count = std::min(kTile, width - start);
-        const Columns at = columns(args.interleaved, width, start);
-        load_columns(gate_up + p * 2 * width, args.bias, at, count, tile);
-        activate(args.activation, count, tile);
-        for (int64_t i = 0; i < count; ++i) grad[i] = to_float(grad_h[p * width + start + i]);
-        if (args.grad_row_weight) grad_row_weight += dot(tile.h, grad, count);
-        T* out = grad_gate_up + p * 2 * width;
-        for (int64_t i = 0; i < count; ++i) grad[i] *= row_weight;
-        for (int64_t i = 0; i < count; ++i) out[at.gate + i * at.step] = from_float<T>(grad[i] * tile.d_gate[i]);
-        for (int64_t i = 0; i < count; ++i) out[at.up + i * at.step] = from_float<T>(grad[i] * tile.d_up[i]);
-        if (!weighted_h) continue;
-        T* weighted = weighted_h + p * width + start;
-        for (int64_t i = 0; i < count; ++i) weighted[i] = from_float<T>(row_weight * tile.h[i]);
-      }
-      if (args.grad_row_weight) args.grad_row_weight[p] = grad_row_weight;
+      run(BackwardRow<T>{grad_h + p * width, gate_up + p * 2 * width, args.bias,
+                         args.row_weight ? args.row_weight[p] : 1.0f, grad_gate_up + p * 2 * width,
+                         weighted_h ? weighted_h + p * width : nullptr,
+                         args.grad_row_weight ? args.grad_row_weight + p : nullptr, width},
+          args.activation, args.interleaved);
     });
   });
 }

@@ -147,6 +147,30 @@ void decode_panels(const EncodedMatrix& matrix, int64_t first_row, int64_t depth
   }
 }
 
+void pack_panel(const Bf16* rows, int64_t stride, int64_t depth, int64_t cols, Bf16* panel) {
+  const int64_t whole = cols == kPanelColumns ? depth / kPanelStep * kPanelStep : 0;
+  interleave_rows(rows, stride, whole, panel);
+  alignas(64) Bf16 tile[kPanelStep * kPanelColumns];
+  for (int64_t start = whole; start < depth; start += kPanelStep) {
+    const int64_t num_rows = std::min(kPanelStep, depth - start);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      std::copy_n(rows + (start + row) * stride, cols, tile + row * kPanelColumns);
+    }
+    pad_tile(num_rows, cols, kPanelStep, kPanelColumns, tile, kPanelColumns);
+    interleave_rows(tile, kPanelColumns, kPanelStep, panel + start * kPanelColumns);
+  }
+}
+
+void transpose_columns(const Bf16* rows, int64_t stride, int64_t num_rows, int64_t cols, Bf16* to, int64_t to_stride) {
+  alignas(64) Bf16 panel[kPanelStep * kPanelColumns];
+  for (int64_t start = 0; start < num_rows; start += kPanelStep) {
+    pack_panel(rows + start * stride, stride, std::min(kPanelStep, num_rows - start), cols, panel);
+    for (int64_t column = 0; column < kPanelColumns; column += kTransposedRows) {  // pairs are what is transposed
+      transpose_pairs(panel + 2 * column, 2 * kPanelColumns, to + column * to_stride + start, to_stride);
+    }
+  }
+}
+
 USAF_CLONES void round_tile(const float* from, int64_t from_stride, int64_t num_rows, int64_t cols, Bf16* to,
                             int64_t to_stride) {
   for (int64_t row = 0; row < num_rows; ++row) {

@@ -1,5 +1,5 @@
-// Weight panels: 64 columns of a GEMM's right-hand matrix B, decoded to bf16 straight from an expert's page and small
-// enough to be multiplied while they are in the L2 cache. Decoded, weights never reach memory.
+// Panels: 64 columns of a GEMM's right-hand matrix B, small enough to be multiplied while they are in the L2 cache.
+// Weights are decoded to bf16 panels straight from an expert's page and never reach memory.
 //
 // Element (k, c) of a panel stands at (k / 2) * 128 + 2 * c + k % 2: pairs along the depth lie together, as dot-product
 // instructions on bf16 pairs (AVX512_BF16, AMX) want them ("VNNI" order). Needs AVX-512; see panels_supported().
@@ -47,6 +47,13 @@ inline constexpr int64_t kPanelsAtOnce = 2;
 // [first_row, first_row + depth). Columns past the end become zeros. first_col is a multiple of 64.
 // panels: 2 * round_up(depth, 32) * 64 elements, one panel after the other.
 void decode_panels(const EncodedMatrix& matrix, int64_t first_row, int64_t depth, int64_t first_col, Bf16* panels);
+
+// B = rows: a panel of `cols` <= 64 columns of [depth, ..] rows, `stride` elements apart. Columns past the end become
+// zeros. panel: round_up(depth, 32) * 64 elements.
+void pack_panel(const Bf16* rows, int64_t stride, int64_t depth, int64_t cols, Bf16* panel);
+
+// to[c, r] = rows[r, c] for `cols` <= 64 columns; r goes on with zeros up to round_up(num_rows, 32), c up to 64.
+void transpose_columns(const Bf16* rows, int64_t stride, int64_t num_rows, int64_t cols, Bf16* to, int64_t to_stride);
 
 // to[r, c] = from[r, c], rounded; `cols` columns, strides in elements.
 void round_tile(const float* from, int64_t from_stride, int64_t num_rows, int64_t cols, Bf16* to, int64_t to_stride);

@@ -13,12 +13,12 @@ namespace usaf::cpu {
 
 inline constexpr int64_t kLanes = 16;
 using Lanes = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Halves = uint16_t __attribute__((vector_size(32)));
 
 USAF_ALWAYS_INLINE void load_lanes(const float* values, Lanes& lanes) { std::memcpy(&lanes, values, sizeof lanes); }
 
 USAF_ALWAYS_INLINE void load_lanes(const Bf16* values, Lanes& lanes) {
-  using Halves = uint16_t __attribute__((vector_size(32)));
-  using Words = uint32_t __attribute__((vector_size(64)));
   Halves halves;
   std::memcpy(&halves, values, sizeof halves);
   const Words words = __builtin_convertvector(halves, Words) << 16;
@@ -41,6 +41,21 @@ USAF_ALWAYS_INLINE void store_lanes(const Lanes& lanes, T* values) {
   for (int64_t i = 0; i < kLanes; ++i) values[i] = from_float<T>(wide[i]);
 }
 
+// to_bf16 of numerics/bfloat16.h in the high halves.
+USAF_ALWAYS_INLINE void round_to_bf16(const Lanes& lanes, Words& words) {
+  Words bits;
+  std::memcpy(&bits, &lanes, sizeof bits);
+  const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Words is_nan = Words((bits & 0x7fffffffu) > 0x7f800000u);
+  words = (is_nan & (bits | 0x400000u)) | (~is_nan & nearest);
+}
+USAF_ALWAYS_INLINE void store_lanes(const Lanes& lanes, Bf16* values) {
+  Words words;
+  round_to_bf16(lanes, words);
+  const Halves halves = __builtin_convertvector(words >> 16, Halves);
+  std::memcpy(values, &halves, sizeof halves);
+}
+
 // The numbers of one cache line. Which lane holds which column is up to the type: a sum over rows does not mind.
 inline constexpr int64_t kLineBytes = 64;
 template <class T>
@@ -58,21 +73,12 @@ USAF_ALWAYS_INLINE void store_line(const Line<T>& line, T* values) {
 }
 
 // Even columns, then odd ones: the low and the high halves of 16 words (little-endian, as all our targets).
-using Words = uint32_t __attribute__((vector_size(64)));
 USAF_ALWAYS_INLINE void load_line(const Bf16* values, Line<Bf16>& line) {
   Words words;
   std::memcpy(&words, values, sizeof words);
   const Words even = words << 16, odd = words & 0xffff0000u;
   std::memcpy(&line[0], &even, sizeof even);
   std::memcpy(&line[1], &odd, sizeof odd);
-}
-// to_bf16 of numerics/bfloat16.h in the high halves.
-USAF_ALWAYS_INLINE void round_to_bf16(const Lanes& lanes, Words& words) {
-  Words bits;
-  std::memcpy(&bits, &lanes, sizeof bits);
-  const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Words is_nan = Words((bits & 0x7fffffffu) > 0x7f800000u);
-  words = (is_nan & (bits | 0x400000u)) | (~is_nan & nearest);
 }
 USAF_ALWAYS_INLINE void store_line(const Line<Bf16>& line, Bf16* values) {
   Words even, odd;

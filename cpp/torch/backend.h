@@ -6,6 +6,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "../kernel_api.h"
+#include "row_importance.h"
 
 namespace usaf {
 
@@ -20,7 +21,7 @@ struct CpuBackend {
   static constexpr auto glu = cpu::glu;
   static constexpr auto glu_backward = cpu::glu_backward;
   static constexpr auto row_gradient = cpu::row_gradient;
-  static constexpr auto row_importance = cpu::row_importance;
+  static constexpr auto row_importance = usaf::row_importance;
   static constexpr auto masked_adam = cpu::masked_adam;
   static constexpr auto router_uniform = cpu::router_uniform;
   static constexpr auto decode_residual = cpu::decode_residual;

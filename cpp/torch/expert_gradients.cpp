@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "row_importance.h"
+
 namespace usaf {
 
 void accumulate_row_gradients(const ExpertLayer& layer, int64_t expert, const ExpertActivations& activations) {
@@ -31,11 +33,11 @@ void accumulate_importance(const ExpertLayer& layer, int64_t expert, const Exper
   if (layer.importance == nullptr) return;
   const auto& layout = layer.layout();
   const int32_t offsets[2] = {0, static_cast<int32_t>(activations.num_tokens)};
-  cpu::row_importance({activations.x, activations.grad_out, activations.grad_gate_up, activations.weighted_h, offsets,
-                       layer.importance_metric == ImportanceMetric::gradient_weight ? layer.scratch() : nullptr,
-                       layer.importance + expert * layout.intermediate_size, 1, layout.hidden_size,
-                       layout.intermediate_size, layer.dtype()},
-                      nullptr);
+  row_importance({activations.x, activations.grad_out, activations.grad_gate_up, activations.weighted_h, offsets,
+                  layer.importance_metric == ImportanceMetric::gradient_weight ? layer.scratch() : nullptr,
+                  layer.importance + expert * layout.intermediate_size, 1, layout.hidden_size, layout.intermediate_size,
+                  layer.dtype()},
+                 nullptr);
 }
 
 BankNorm::BankNorm(const ExpertLayer& layer, size_t num_batches) : squares_(nullptr) {
