@@ -4,6 +4,7 @@
 
 #include "../kernel_api.h"
 #include "../numerics/activation.h"
+#include "isa.h"
 #include "parallel.h"
 #include "simd.h"
 #include "typed.h"
@@ -61,6 +62,14 @@ USAF_ALWAYS_INLINE void load_columns(const T* row, const float* bias, int64_t st
   for (int64_t i = 0; i < count; ++i) up[i] += bias[up_at + i * kStep];
 }
 
+// Rows are short for the hardware's prefetcher, which stops at their halves: `count` elements, one row ahead.
+template <class T>
+USAF_ALWAYS_INLINE void fetch_next_row(const T* row, int64_t row_size, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLineBytes / static_cast<int64_t>(sizeof(T))) {
+    __builtin_prefetch(row + row_size + i);
+  }
+}
+
 // One row of the forward.
 template <class T>
 struct ForwardRow {
@@ -68,12 +77,14 @@ struct ForwardRow {
   const float* bias;
   T* h;
   int64_t width;
+  bool has_next;  // another row follows
 
   template <class Act, int64_t kStep>
   USAF_ALWAYS_INLINE void run() const {
     alignas(64) float gate[kTile], up[kTile];
     for (int64_t start = 0; start < width; start += kTile) {
       const int64_t count = std::min(kTile, width - start);
+      if (has_next) fetch_next_row(gate_up + 2 * start, 2 * width, 2 * count);
       load_columns<kStep>(gate_up, bias, start, count, width, gate, up);
       for (int64_t i = 0; i < count; ++i) gate[i] = Act::apply(gate[i], up[i]).h;
       narrow<1>(gate, count, h + start);
@@ -133,22 +144,24 @@ USAF_ALWAYS_INLINE void run_any(const Row& row, Activation activation, bool inte
   return interleaved ? run_row<2>(row, activation) : run_row<1>(row, activation);
 }
 
-USAF_CLONES void run(const ForwardRow<float>& row, Activation activation, bool interleaved) {
+#ifdef USAF_HAS_ISA_LEVELS
+// Not USAF_CLONES: those keep to half of an AVX-512 register where the compiler vectorises.
+template <class Row>
+USAF_AVX2 void run_avx2(const Row& row, Activation activation, bool interleaved) {
   run_any(row, activation, interleaved);
 }
-USAF_CLONES void run(const ForwardRow<Bf16>& row, Activation activation, bool interleaved) {
+template <class Row>
+USAF_AVX512 void run_avx512(const Row& row, Activation activation, bool interleaved) {
   run_any(row, activation, interleaved);
 }
-USAF_CLONES void run(const ForwardRow<F16>& row, Activation activation, bool interleaved) {
-  run_any(row, activation, interleaved);
-}
-USAF_CLONES void run(const BackwardRow<float>& row, Activation activation, bool interleaved) {
-  run_any(row, activation, interleaved);
-}
-USAF_CLONES void run(const BackwardRow<Bf16>& row, Activation activation, bool interleaved) {
-  run_any(row, activation, interleaved);
-}
-USAF_CLONES void run(const BackwardRow<F16>& row, Activation activation, bool interleaved) {
+#endif
+
+template <class Row>
+void run(const Row& row, Activation activation, bool interleaved) {
+#ifdef USAF_HAS_ISA_LEVELS
+  if (isa() == Isa::avx512) return run_avx512(row, activation, interleaved);
+  if (isa() == Isa::avx2) return run_avx2(row, activation, interleaved);
+#endif
   run_any(row, activation, interleaved);
 }
 
@@ -160,7 +173,8 @@ void glu(const GluArgs& args, void*) {
     T* h = static_cast<T*>(args.h);
     const int64_t width = args.intermediate_size;
     parallel_for(args.num_rows, 4 * width, [&](int64_t p) {
-      run(ForwardRow<T>{gate_up + p * 2 * width, args.bias, h + p * width, width}, args.activation, args.interleaved);
+      run(ForwardRow<T>{gate_up + p * 2 * width, args.bias, h + p * width, width, p + 1 < args.num_rows},
+          args.activation, args.interleaved);
     });
   });
 }
