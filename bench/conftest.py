@@ -1,4 +1,4 @@
-"""Options, the copy bandwidth, and the report of a benchmark run.
+"""Options, the copy that ops are measured by, and the report of a benchmark run.
 
     pytest bench --benchmark-enable --benchmark-only [--report NAME]        (make bench)
 
@@ -13,9 +13,7 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import sys
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,9 +21,10 @@ import pytest
 import tables
 import torch
 import usaf_ext
+from pairing import Copy
 
 RESULTS = Path(__file__).parent / "results"
-_COPY_BYTES = 512 << 20
+_COPY_BYTES = 256 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "experts4bit-qlora")
 
@@ -58,22 +57,12 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-_copy_bandwidths: dict[int, float] = {}
-
-
-@pytest.fixture
-def copy_bandwidth(threads) -> float:
-    """Bytes per second, read plus written, of a large tensor copy with as many threads: the measure of the ops."""
-    if threads not in _copy_bandwidths:
-        source = torch.ones(_COPY_BYTES // 4)
-        target = torch.empty_like(source)
-        seconds = []
-        for _ in range(9):
-            start = time.perf_counter()
-            target.copy_(source)
-            seconds.append(time.perf_counter() - start)
-        _copy_bandwidths[threads] = 2 * _COPY_BYTES / statistics.median(seconds)
-    return _copy_bandwidths[threads]
+@pytest.fixture(scope="session")
+def copy() -> Copy:
+    """A large tensor copy, the measure of the ops. It runs in every round: bandwidth drifts where a host is shared."""
+    source = torch.ones(_COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    return Copy(lambda: target.copy_(source), 2 * _COPY_BYTES)
 
 
 def _cpu_model() -> str:
@@ -116,15 +105,14 @@ def pytest_terminal_summary(terminalreporter, config):
     if not benchmarks:
         return
     environment = _environment(config)
-    rows = tables.rows_of(benchmarks, _copy_bandwidths)
+    rows = tables.rows_of(benchmarks)
     fits = tables.linear_fits(rows)
-    text = tables.markdown(environment, _copy_bandwidths, rows, fits)
+    text = tables.markdown(environment, rows, fits)
     terminalreporter.write_line("\n" + text)
     name = config.getoption("--report")
     if name:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.md").write_text(text)
-        copies = {f"{count} threads": bandwidth / 1e9 for count, bandwidth in _copy_bandwidths.items()}
-        result = {**environment, "copy_gb_per_s": copies, "rows": rows, "linear_fits": fits}
+        result = {**environment, "rows": rows, "linear_fits": fits}
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         terminalreporter.write_line(f"written: bench/results/{name}.md, bench/results/{name}.json")

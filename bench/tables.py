@@ -14,9 +14,12 @@ def _spread(values: list[float]) -> tuple[float, float]:
     return statistics.median(values), high - low
 
 
-def _figures(name: str, info: dict[str, Any], seconds: list[float], copies: dict[int, float]) -> dict[str, Any]:
+def _figures(name: str, info: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
     median, iqr = _spread(seconds)
-    moved, copy_bandwidth = info.get("bytes"), copies.get(info.get("threads", 0))
+    moved, copy_rates = info.get("bytes"), info.get("copy_rates")
+    share = None
+    if moved and copy_rates:
+        share = 100 * statistics.median(moved / duration / rate for duration, rate in zip(seconds, copy_rates))
     return {
         "case": name,
         "size": info.get("size", ""),
@@ -26,25 +29,28 @@ def _figures(name: str, info: dict[str, Any], seconds: list[float], copies: dict
         "iqr_ms": iqr * 1e3,
         "rounds": len(seconds),
         "gb_per_s": moved / median / 1e9 if moved else None,
-        "percent_of_copy": 100 * moved / median / copy_bandwidth if moved and copy_bandwidth else None,
+        "copy_gb_per_s": statistics.median(copy_rates) / 1e9 if copy_rates else None,
+        "percent_of_copy": share,
     }
 
 
-def rows_of(benchmarks: list[Any], copies: dict[int, float]) -> list[dict[str, Any]]:
+def rows_of(benchmarks: list[Any]) -> list[dict[str, Any]]:
     """A row for each benchmark and, below it, one for each of its peers, with ours / peer over the paired rounds.
 
-    copies: the copy bandwidth in bytes per second, by number of threads.
+    Where peers are other points of an axis, extra_info["peer_x"] says where each stands.
     """
     rows = []
     for bench in benchmarks:
         info, ours = bench.extra_info, list(bench.stats.data)
         name = bench.name.removeprefix("test_")
-        row = _figures(name, info, ours, copies)
+        row = _figures(name, info, ours)
         row.update({key: info[key] for key in ("axis", "x") if key in info})
         rows.append(row)
         for peer, seconds in info.get("peers", {}).items():
             ratio, ratio_iqr = _spread([mine / theirs for mine, theirs in zip(ours, seconds)])
-            peer_row = _figures(name, info, seconds, copies)
+            peer_row = _figures(name, info, seconds)
+            if peer in info.get("peer_x", {}):
+                peer_row.update(axis=info["axis"], x=info["peer_x"][peer])
             rows.append({**peer_row, "peer": peer, "ours_over_peer": ratio, "ours_over_peer_iqr": ratio_iqr})
     return rows
 
@@ -71,31 +77,28 @@ def linear_fits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return fits
 
 
-def markdown(environment: dict[str, Any], copies: dict[int, float], rows: list[dict], fits: list[dict]) -> str:
+def markdown(environment: dict[str, Any], rows: list[dict], fits: list[dict]) -> str:
     lines = [
         f"Device: {environment['device']}  ",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in environment["versions"].items()) + "  ",
         f"Command: `{environment['command']}`  ",
         f"Date: {environment['date']}, load average at start {environment['load_average_at_start']:.2f}  ",
         "Each row: median over the rounds +- interquartile range. A peer ran in the same rounds, on the same inputs; "
-        "`ours / peer` is the median of the rounds' ratios.  ",
-    ]
-    if copies:
-        measured = ", ".join(f"{rate / 1e9:.1f} GB/s with {threads} threads" for threads, rate in copies.items())
-        lines.append(f"Copy bandwidth in this run (read + written): {measured}")
-    lines += [
+        "`ours / peer` is the median of the rounds' ratios. So is `% of copy`: a copy of 256 MiB, read + written, "
+        "ran in the same rounds too, at `copy` GB/s.  ",
         "",
-        "| case | size | bytes | time | GB/s | % of copy | ours / peer |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| case | size | bytes | time | GB/s | copy | % of copy | ours / peer |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         name, size = (f"- *{row['peer']}*", "") if "peer" in row else (row["case"], row["size"])
         moved = f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] and not row.get("peer") else ""
         rate = f"{row['gb_per_s']:.1f}" if row["gb_per_s"] else ""
         share = f"{row['percent_of_copy']:.0f}%" if row["percent_of_copy"] else ""
+        copy = f"{row['copy_gb_per_s']:.1f}" if row["copy_gb_per_s"] and "peer" not in row else ""
         ratio = f"{row['ours_over_peer']:.2f} +- {row['ours_over_peer_iqr']:.2f}" if "peer" in row else ""
         timing = f"{row['median_ms']:.2f} +- {row['iqr_ms']:.2f} ms"
-        lines.append(f"| {name} | {size} | {moved} | {timing} | {rate} | {share} | {ratio} |")
+        lines.append(f"| {name} | {size} | {moved} | {timing} | {rate} | {copy} | {share} | {ratio} |")
     if fits:
         lines += [
             "",

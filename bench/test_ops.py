@@ -9,6 +9,6 @@ from pairing import paired
 
 
 @pytest.mark.parametrize("name", OP_CASES)
-def test_op(benchmark, copy_bandwidth, name):
+def test_op(benchmark, threads, copy, name):
     work = OP_CASES[name](BENCH_SHAPE)
-    paired(benchmark, work.ours, work.peers, size=work.size, moved=work.moved)
+    paired(benchmark, work.ours, work.peers, size=work.size, moved=work.moved, copy=copy)
