@@ -14,6 +14,9 @@
 
 namespace usaf {
 
+// Whether (token, slot) pairs are so many that practically every expert will be hit.
+inline bool is_dense(int64_t num_pairs, int64_t num_experts) { return num_pairs >= 8 * num_experts; }
+
 class ExpertSweep {
  public:
   explicit ExpertSweep(std::shared_ptr<ExpertPager> pager);
@@ -24,6 +27,30 @@ class ExpertSweep {
   // covers them; otherwise gives that up and queues anew. Then queues the next layer of the sweep: all of its experts
   // going up if `dense` (so many tokens that all will be hit), the ones it used last coming down.
   std::vector<ExpertPager::Ticket> begin(int64_t layer, const std::vector<int64_t>& experts, bool dense, Phase phase);
+
+  // Calls `body(page, expert)` for each of `routed` (ascending) in order, with its page in a slot, and has what it
+  // launches on `compute_stream` come behind the page's copy. Arguments as for begin(). An exception resets the sweep.
+  template <class Body>
+  void for_each_expert(int64_t layer, const std::vector<int64_t>& routed, bool dense, Phase phase,
+                       Device::Stream compute_stream, const Body& body) {
+    try {
+      auto next = routed.begin();  // a ticket may bring more experts than were routed
+      for (auto ticket : begin(layer, routed, dense, phase)) {
+        pager_->wait(ticket, compute_stream);
+        const std::vector<const uint8_t*> pages = pager_->pages(ticket);
+        const std::vector<int64_t>& experts = pager_->experts_of(ticket);
+        for (size_t i = 0; i < experts.size(); ++i) {
+          if (next == routed.end() || experts[i] != *next) continue;
+          body(pages[i], experts[i]);
+          ++next;
+        }
+        pager_->release(ticket, compute_stream);
+      }
+    } catch (...) {
+      reset();
+      throw;
+    }
+  }
 
   // In the handler of an exception from the middle of a sweep: no ticket survives, and the exception is kept.
   void reset();
