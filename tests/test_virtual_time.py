@@ -67,14 +67,17 @@ def test_the_host_pays_for_its_calls_and_waits():
 
 
 def test_the_host_waits_for_room_in_a_queue():
-    def launched_at(depth):
-        with Schedule(1, 1, 2, Rates(call_seconds=0.25, queue_depth=depth)) as schedule:
+    def copied_at(depth):
+        with Schedule(1, 1, 2, Rates(copy_seconds=1.0, call_seconds=0.25, queue_depth=depth)) as schedule:
             for _ in range(4):
                 schedule.launch(1.0, 1)
-            return schedule.figures().compute_end
+            schedule.run_layer(0, "backward", LayerWork([9], [1.0]))  # which waits for nothing
+            (copy,) = [start for is_copy, _, start, _ in schedule.spans() if is_copy]
+            return copy
 
-    assert launched_at(1000) == 4.25
-    assert launched_at(1) == 4.25  # the next one is queued while one runs
+    assert copied_at(1000) == 6 * 0.25
+    assert copied_at(1) == 3.25 + 0.25  # the fifth kernel is queued when the fourth has begun
+    assert copied_at(2) == 2.25 + 0.25
 
 
 # ---- forgotten waits ----
