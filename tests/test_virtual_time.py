@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -105,7 +106,7 @@ def _slots(gib: int, model: Model = MODEL) -> int:
 
 
 @pytest.mark.parametrize("gib", [4, 8, 11])
-@pytest.mark.parametrize("num_tokens", [2048, 8192])
+@pytest.mark.parametrize("num_tokens", [512, 2048, 8192])
 @pytest.mark.parametrize("card", CARDS)
 def test_a_step_takes_what_its_copies_or_kernels_take(card, num_tokens, gib):
     pages, slots = MODEL.num_pages, _slots(gib)
@@ -120,3 +121,39 @@ def test_a_step_takes_what_its_copies_or_kernels_take(card, num_tokens, gib):
         assert step.wrong_reads == 0
         assert step.forward.host_waits <= MODEL.num_layers
         assert step.backward.host_waits == 0
+
+
+def test_copies_of_a_forward_are_spread_over_it():
+    """On an older board's link a layer's copies take longer than its kernels, all layers' copies together do not."""
+    card = replace(CARDS["rtx3060"], link_bandwidth=12e9)
+    slots = _slots(8)
+    with Simulation(MODEL, card, 2048, slots) as simulation:
+        steps = [simulation.step(random_routing(MODEL, 2048, seed)) for seed in range(2)]
+    forward = steps[1].forward
+    layer_copies = MODEL.num_experts * MODEL.page_bytes / card.link_bandwidth
+    assert layer_copies > forward.compute_seconds / MODEL.num_layers
+    assert forward.copy_seconds < forward.compute_seconds
+    assert forward.seconds <= 1.05 * forward.bound
+    assert steps[1].bytes_in <= 2 * (MODEL.num_pages - slots) * MODEL.page_bytes
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("num_slots", [12, 18, 24, 30])
+def test_a_caller_that_comes_back_to_each_layer_copies_no_more(num_slots, times):
+    layers, experts = 8, 6
+    pages = layers * experts
+    work = LayerWork([9] * experts, [1.0] * experts)
+    with Schedule(layers, experts, num_slots, INSTANT) as schedule:
+
+        def misses_of_step() -> int:
+            before = schedule.figures().page_misses
+            for phase, order in (("training_forward", range(layers)), ("backward", reversed(range(layers)))):
+                for layer in order:
+                    for _ in range(times):
+                        schedule.run_layer(layer, phase, work)
+            return schedule.figures().page_misses - before
+
+        misses_of_step()
+        for _ in range(2):
+            assert misses_of_step() == 2 * (pages - num_slots)
+        assert schedule.figures().wrong_reads == 0

@@ -1,10 +1,11 @@
-// Which pages to ask for, and when: one sweep over the MoE layers, with the next layer's pages queued behind this
-// one's.
+// Which pages to ask for, and when: one sweep over the MoE layers, with the pages of the layers to come queued behind
+// this one's.
 //
 // Shared by all expert layers of a model. It remembers, for each layer, the experts its latest forward used, so that
 // the backward sweep fetches exactly those.
 #pragma once
 #include <cstdint>
+#include <deque>
 #include <exception>
 #include <memory>
 #include <string>
@@ -24,8 +25,9 @@ class ExpertSweep {
   ExpertPager& pager() { return *pager_; }
 
   // Tickets for `layer`, covering at least `experts` (ascending). Uses what an earlier call queued for this layer if it
-  // covers them; otherwise gives that up and queues anew. Then queues the next layer of the sweep: all of its experts
-  // going up if `dense` (so many tokens that all will be hit), the ones it used last coming down.
+  // covers them; otherwise gives that up and queues anew. Then queues the next layers of the sweep: all of their
+  // experts going up if `dense` (so many tokens that all will be hit), the ones they used last coming down. In a
+  // training forward it queues as many layers as the slots hold, else one.
   std::vector<ExpertPager::Ticket> begin(int64_t layer, const std::vector<int64_t>& experts, bool dense, Phase phase);
 
   // Calls `body(page, expert)` for each of `routed` (ascending) in order, with its page in a slot, and has what it
@@ -66,10 +68,13 @@ class ExpertSweep {
     std::vector<int64_t> experts;
   };
   void drop_queued();
+  int64_t layers_ahead(Phase phase) const;
 
   std::shared_ptr<ExpertPager> pager_;
   std::vector<std::vector<int64_t>> used_;  // by layer: experts of its latest forward
-  Queued queued_;
+  std::deque<Queued> queued_;               // in the order of their use
+  int64_t latest_forward_ = -1;             // layer of the latest training forward
+  bool repeats_layers_ = false;
   std::exception_ptr failure_;
 };
 

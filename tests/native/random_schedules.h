@@ -62,6 +62,7 @@ class RandomSchedule {
       for (int64_t expert = 0; expert < sizes_.num_experts; ++expert) call.seconds.push_back(seconds());
       call.work.before_seconds = seconds();
       call.work.after_seconds = seconds();
+      if (uniform(0, 15) == 0) calls_.push_back(call);  // a caller may come back to a layer
       calls_.push_back(std::move(call));
     }
   }
