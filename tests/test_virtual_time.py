@@ -123,23 +123,26 @@ def test_a_step_takes_what_its_copies_or_kernels_take(card, num_tokens, gib):
         assert step.backward.host_waits == 0
 
 
-def test_copies_of_a_forward_are_spread_over_it():
-    """On an older board's link a layer's copies take longer than its kernels, all layers' copies together do not."""
+@pytest.mark.parametrize(("num_tokens", "gib"), [(2048, 8), (512, 11)])
+def test_copies_are_spread_over_a_sweep(num_tokens, gib):
+    """On an older board's link a layer's copies take longer than its kernels, but all copies together do not."""
     card = replace(CARDS["rtx3060"], link_bandwidth=12e9)
-    slots = _slots(8)
-    with Simulation(MODEL, card, 2048, slots) as simulation:
-        steps = [simulation.step(random_routing(MODEL, 2048, seed)) for seed in range(2)]
-    forward = steps[1].forward
+    slots = _slots(gib)
+    with Simulation(MODEL, card, num_tokens, slots) as simulation:
+        steps = [simulation.step(random_routing(MODEL, num_tokens, seed)) for seed in range(2)]
+    step = steps[1]
     layer_copies = MODEL.num_experts * MODEL.page_bytes / card.link_bandwidth
-    assert layer_copies > forward.compute_seconds / MODEL.num_layers
-    assert forward.copy_seconds < forward.compute_seconds
-    assert forward.seconds <= 1.05 * forward.bound
-    assert steps[1].bytes_in <= 2 * (MODEL.num_pages - slots) * MODEL.page_bytes
+    assert layer_copies > step.forward.compute_seconds / MODEL.num_layers
+    for phase in (step.forward, step.backward):
+        assert phase.copy_seconds < phase.compute_seconds
+        assert phase.seconds <= 1.05 * phase.bound
+    assert step.bytes_in <= 2 * (MODEL.num_pages - slots) * MODEL.page_bytes
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [(1, 1), (1, 2), (2, 2)], ids=["once", "twice in backward", "twice"])
 @pytest.mark.parametrize("num_slots", [12, 18, 24, 30])
 def test_a_caller_that_comes_back_to_each_layer_copies_no_more(num_slots, times):
+    """As a plain checkpoint does, which runs a layer's forward again in backward."""
     layers, experts = 8, 6
     pages = layers * experts
     work = LayerWork([9] * experts, [1.0] * experts)
@@ -147,9 +150,10 @@ def test_a_caller_that_comes_back_to_each_layer_copies_no_more(num_slots, times)
 
         def misses_of_step() -> int:
             before = schedule.figures().page_misses
-            for phase, order in (("training_forward", range(layers)), ("backward", reversed(range(layers)))):
+            sweeps = (("training_forward", range(layers)), ("backward", reversed(range(layers))))
+            for (phase, order), count in zip(sweeps, times):
                 for layer in order:
-                    for _ in range(times):
+                    for _ in range(count):
                         schedule.run_layer(layer, phase, work)
             return schedule.figures().page_misses - before
 

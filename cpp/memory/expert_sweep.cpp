@@ -18,24 +18,20 @@ void ExpertSweep::drop_queued() {
   queued_.clear();
 }
 
-// A training forward begins with layers that the backward before it left on the device. The pages that come into their
-// slots belong to layers far ahead; queued early, their copies run beside the computation of the first layers, too. A
-// backward needs no more than one layer: its host, which waits for nothing, is ahead of the device anyway.
+// A sweep of a training step begins with layers that the one before it left on the device. The pages that come into
+// their slots belong to layers far ahead; queued early, their copies run beside the computation of the first layers,
+// too. But what is queued far ahead takes a layer's slots as soon as it is done: not for callers that come back to it.
 int64_t ExpertSweep::layers_ahead(Phase phase) const {
-  if (phase != Phase::training_forward || repeats_layers_) return 1;
+  if (phase == Phase::inference || repeats_layers_) return 1;
   return std::max<int64_t>(1, pager_->num_slots() / pager_->store().num_experts());
 }
 
 std::vector<ExpertPager::Ticket> ExpertSweep::begin(int64_t layer, const std::vector<int64_t>& experts, bool dense,
                                                     Phase phase) {
   const int64_t num_layers = pager_->store().num_layers();
-  if (phase == Phase::training_forward) {
-    // What is queued far ahead takes a layer's slots as soon as it is done: not for callers that come back to it.
-    if (layer == latest_forward_) repeats_layers_ = true;
-    latest_forward_ = layer;
-  } else {
-    latest_forward_ = -1;
-  }
+  if (phase != Phase::inference && phase == latest_phase_ && layer == latest_layer_) repeats_layers_ = true;
+  latest_phase_ = phase;
+  latest_layer_ = layer;
   std::vector<ExpertPager::Ticket> tickets;
   const bool covered =
       !queued_.empty() && queued_.front().layer == layer &&
@@ -70,6 +66,7 @@ std::vector<ExpertPager::Ticket> ExpertSweep::begin(int64_t layer, const std::ve
 void ExpertSweep::reset() {
   failure_ = std::current_exception();
   queued_.clear();
+  latest_layer_ = -1;  // which may be tried again
   pager_->reset();
 }
 

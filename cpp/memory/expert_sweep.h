@@ -73,7 +73,8 @@ class ExpertSweep {
   std::shared_ptr<ExpertPager> pager_;
   std::vector<std::vector<int64_t>> used_;  // by layer: experts of its latest forward
   std::deque<Queued> queued_;               // in the order of their use
-  int64_t latest_forward_ = -1;             // layer of the latest training forward
+  Phase latest_phase_ = Phase::inference;   // of the latest begin()
+  int64_t latest_layer_ = -1;
   bool repeats_layers_ = false;
   std::exception_ptr failure_;
 };
