@@ -1,7 +1,7 @@
 """The CPU codec on its own, compiled for the tests (tests/native/codec_harness.cpp), by ctypes.
 
 The extension's ops round to nearest, on the best instruction set. Here single blocks take given random numbers, and
-each instruction set can be had by name. CXX and CXXFLAGS are honoured, so that a sanitizer can be added.
+each instruction set can be had by name.
 """
 
 from __future__ import annotations
@@ -9,39 +9,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import codec_oracles as oracles
 import pytest
 import torch
+from native_build import build
 from torch import Tensor
 
-_ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("tests/native/codec_harness.cpp", "cpp/cpu/codec.cpp", "cpp/cpu/isa.cpp")
 ISAS = ("plain", "avx2", "avx512")
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"no C++ compiler ({compiler[0]})")
-    output = Path(tempfile.mkdtemp(prefix="usaf_codec_")) / "codec.so"
     # As CMakeLists.txt compiles the extension.
-    flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
-    try:
-        sources = (_ROOT / source for source in _SOURCES)
-        subprocess.run([*compiler, *flags, "-I", _ROOT / "cpp", *sources, "-o", output], check=True)
-        return ctypes.CDLL(str(output))
-    finally:
-        shutil.rmtree(output.parent)
+    library = build(_SOURCES, ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"])
+    if library is None:
+        pytest.skip("no C++ compiler")
+    return library
 
 
 def call(name: str, *arguments: Tensor | int | None) -> None:

@@ -2,7 +2,6 @@
 
 The extension exposes the pager on the CPU device only. Here the same sources also run on a device that does nothing
 until told to (`lazy`), and on one that is slow or fails (`troubled`).
-CXX and CXXFLAGS are honoured, so that a sanitizer can be added.
 """
 
 from __future__ import annotations
@@ -12,16 +11,12 @@ import ctypes
 import functools
 import mmap
 import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
+from native_build import build
 from usaf_ext import errors
 
-_ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = (
     "tests/native/memory_harness.cpp",
     "cpp/cpu/device.cpp",
@@ -45,26 +40,9 @@ PHASES = ("inference", "training_forward", "backward")
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None:
-        pytest.skip(f"no C++ compiler ({compiler[0]})")
-    output = Path(tempfile.mkdtemp(prefix="usaf_harness_")) / "harness.so"
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-pthread",
-        "-Wl,--wrap=pread",
-        *shlex.split(os.environ.get("CXXFLAGS", "")),
-    ]
-    try:
-        subprocess.run(
-            [*compiler, *flags, "-I", _ROOT / "cpp", *(_ROOT / source for source in _SOURCES), "-o", output], check=True
-        )
-        library = ctypes.CDLL(str(output))
-    finally:
-        shutil.rmtree(output.parent)
+    library = build(_SOURCES, ["-O1", "-pthread", "-Wl,--wrap=pread"])
+    if library is None:
+        pytest.skip("no C++ compiler")
     for name in _POINTERS:
         getattr(library, name).restype = ctypes.c_void_p
     for name in _TEXTS:

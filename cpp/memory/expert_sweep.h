@@ -1,10 +1,11 @@
-// Which pages to ask for, and when: one sweep over the MoE layers, with the next layer's pages queued behind this
-// one's.
+// Which pages to ask for, and when: one sweep over the MoE layers, with the pages of the layers to come queued behind
+// this one's.
 //
 // Shared by all expert layers of a model. It remembers, for each layer, the experts its latest forward used, so that
 // the backward sweep fetches exactly those.
 #pragma once
 #include <cstdint>
+#include <deque>
 #include <exception>
 #include <memory>
 #include <string>
@@ -14,6 +15,9 @@
 
 namespace usaf {
 
+// Whether (token, slot) pairs are so many that practically every expert will be hit.
+inline bool is_dense(int64_t num_pairs, int64_t num_experts) { return num_pairs >= 8 * num_experts; }
+
 class ExpertSweep {
  public:
   explicit ExpertSweep(std::shared_ptr<ExpertPager> pager);
@@ -21,9 +25,34 @@ class ExpertSweep {
   ExpertPager& pager() { return *pager_; }
 
   // Tickets for `layer`, covering at least `experts` (ascending). Uses what an earlier call queued for this layer if it
-  // covers them; otherwise gives that up and queues anew. Then queues the next layer of the sweep: all of its experts
-  // going up if `dense` (so many tokens that all will be hit), the ones it used last coming down.
+  // covers them; otherwise gives that up and queues anew. Then queues the next layers of the sweep: all of their
+  // experts going up if `dense` (so many tokens that all will be hit), the ones they used last coming down. In a
+  // training forward it queues as many layers as the slots hold, else one.
   std::vector<ExpertPager::Ticket> begin(int64_t layer, const std::vector<int64_t>& experts, bool dense, Phase phase);
+
+  // Calls `body(page, expert)` for each of `routed` (ascending) in order, with its page in a slot, and has what it
+  // launches on `compute_stream` come behind the page's copy. Arguments as for begin(). An exception resets the sweep.
+  template <class Body>
+  void for_each_expert(int64_t layer, const std::vector<int64_t>& routed, bool dense, Phase phase,
+                       Device::Stream compute_stream, const Body& body) {
+    try {
+      auto next = routed.begin();  // a ticket may bring more experts than were routed
+      for (auto ticket : begin(layer, routed, dense, phase)) {
+        pager_->wait(ticket, compute_stream);
+        const std::vector<const uint8_t*> pages = pager_->pages(ticket);
+        const std::vector<int64_t>& experts = pager_->experts_of(ticket);
+        for (size_t i = 0; i < experts.size(); ++i) {
+          if (next == routed.end() || experts[i] != *next) continue;
+          body(pages[i], experts[i]);
+          ++next;
+        }
+        pager_->release(ticket, compute_stream);
+      }
+    } catch (...) {
+      reset();
+      throw;
+    }
+  }
 
   // In the handler of an exception from the middle of a sweep: no ticket survives, and the exception is kept.
   void reset();
@@ -39,10 +68,14 @@ class ExpertSweep {
     std::vector<int64_t> experts;
   };
   void drop_queued();
+  int64_t layers_ahead(Phase phase) const;
 
   std::shared_ptr<ExpertPager> pager_;
   std::vector<std::vector<int64_t>> used_;  // by layer: experts of its latest forward
-  Queued queued_;
+  std::deque<Queued> queued_;               // in the order of their use
+  Phase latest_phase_ = Phase::inference;   // of the latest begin()
+  int64_t latest_layer_ = -1;
+  bool repeats_layers_ = false;
   std::exception_ptr failure_;
 };
 

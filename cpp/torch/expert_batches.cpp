@@ -77,7 +77,7 @@ MicroBatches::MicroBatches(const ExpertLayer& layer, at::TensorList x, at::Tenso
                         Routing(contiguous, layer.num_experts())});
     num_pairs += contiguous.numel();
   }
-  dense_ = num_pairs >= 8 * layer.num_experts();
+  dense_ = is_dense(num_pairs, layer.num_experts());
   for (int64_t expert = 0; expert < layer.num_experts(); ++expert) {
     int64_t most = 0;
     for (const MicroBatch& batch : batches_) most = std::max(most, batch.routing.tokens(expert));

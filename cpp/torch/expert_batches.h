@@ -55,7 +55,7 @@ class MicroBatches {
 
   const std::vector<int64_t>& experts() const { return experts_; }  // with a token in any micro-batch, ascending
   int64_t max_tokens() const { return max_tokens_; }                // of one expert in one micro-batch
-  bool dense() const { return dense_; }  // so many tokens that practically every expert will be hit
+  bool dense() const { return dense_; }                             // is_dense of all pairs
 
  private:
   std::vector<MicroBatch> batches_;
@@ -69,25 +69,7 @@ ExpertLayer& find_layer(int64_t handle);
 // Calls `body(page, expert)` for each routed expert in ascending order, with its page in a slot.
 template <class Body>
 void for_each_expert(ExpertLayer& layer, const MicroBatches& batches, Phase phase, const Body& body) {
-  ExpertPager& pager = layer.sweep().pager();
-  const std::vector<int64_t>& routed = batches.experts();
-  try {
-    auto next = routed.begin();  // a ticket may bring more experts than were routed
-    for (auto ticket : layer.sweep().begin(layer.layer(), routed, batches.dense(), phase)) {
-      pager.wait(ticket, nullptr);
-      const std::vector<const uint8_t*> pages = pager.pages(ticket);
-      const std::vector<int64_t>& experts = pager.experts_of(ticket);
-      for (size_t i = 0; i < experts.size(); ++i) {
-        if (next == routed.end() || experts[i] != *next) continue;
-        body(pages[i], experts[i]);
-        ++next;
-      }
-      pager.release(ticket, nullptr);
-    }
-  } catch (...) {
-    layer.sweep().reset();
-    throw;
-  }
+  layer.sweep().for_each_expert(layer.layer(), batches.experts(), batches.dense(), phase, nullptr, body);
 }
 
 // The first n rows of a buffer that was made for the largest expert.
