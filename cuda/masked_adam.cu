@@ -4,12 +4,10 @@
 // absmax is found with shuffles. Each lane holds four weights of the first half and four of the second: fp32 moves in
 // 16-byte accesses that are contiguous over the warp, and the loads of both halves start before the first is used.
 // A thread block owns whole rows (up to 32, fewer where that would leave multiprocessors idle): one lane a row computes
-// the row's AdamScalars, since double precision is slow here, and the same lane writes the row's step when all have
-// read it. The grid is as large as the device, and loops.
+// the row's AdamScalars, since double precision is slow here, and alone reads and writes the row's step. The grid is as
+// large as the device, and loops.
 // Bytes a weight: grad's 2 or 4, twice master's 2 or 4 or residual's 1, moments 16 or 4, codes 1 to 4.
-#include <algorithm>
-#include <stdexcept>
-
+#include "gpu/masked_adam_launch.h"
 #include "kernel_api.h"
 #include "launch.h"
 #include "numerics/adam_quad.h"
@@ -318,9 +316,11 @@ struct Chunk {
   }
 };
 
+// One lane a row: it alone reads and writes the row's step.
 __device__ __forceinline__ RowStep prepare_row(const MaskedAdamArgs& args, int64_t row) {
   if (args.active && !args.active[row]) return {};
   const int32_t step = args.step[row] + 1;
+  args.step[row] = step;
   return {adam_scalars(args.lr, args.beta1, args.beta2, args.eps, args.weight_decay, step), step};
 }
 
@@ -350,7 +350,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const int rows = left < rows_per_block ? static_cast<int>(left) : rows_per_block;
     if (thread < rows) shared.row[thread] = prepare_row(args, first + thread);
     __syncthreads();
-    if (thread < rows && shared.row[thread].step != 0) args.step[first + thread] = shared.row[thread].step;
     int row = 0;
     for (int64_t chunk = warp;; chunk += kWarps) {
       while (row < rows && chunk >= chunks) chunk -= chunks, ++row;
@@ -364,59 +363,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (args.changed && difference != 0) *args.changed = 1;
 }
 
-bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-// Whether every array's rows start at a multiple of four elements' bytes.
-bool all_aligned(const MaskedAdamArgs& a) {
-  return a.cols % kQuad == 0 && aligned(a.grad, kQuad * element_size(a.grad_dtype)) &&
-         aligned(a.master, kQuad * element_size(a.master_dtype)) && aligned(a.residual, kQuad) &&
-         aligned(a.exp_avg, a.exp_avg_absmax ? kQuad : 4 * kQuad) &&
-         aligned(a.exp_avg_sq, a.exp_avg_sq_absmax ? kQuad : 4 * kQuad);
-}
-
-template <Format kFormat, AdamMode kMode>
-void launch_step(const MaskedAdamArgs& args, void* stream) {
-  const int64_t resident = int64_t{multiprocessors()} * kBlocksPerSm;
-  const int64_t rows = std::min<int64_t>((args.num_rows + resident - 1) / resident, kMaxRows);
-  const int64_t grid = std::min((args.num_rows + rows - 1) / rows, resident);
-  const bool moments8 = args.exp_avg_absmax || args.exp_avg_sq_absmax;
-  launch("masked_adam", moments8 ? masked_adam_kernel<kFormat, kMode, true> : masked_adam_kernel<kFormat, kMode, false>,
-         dim3(static_cast<unsigned>(grid)), dim3(kThreads), stream, args, static_cast<int>(rows), all_aligned(args));
-}
-
-template <Format kFormat>
-void launch_mode(const MaskedAdamArgs& args, void* stream) {
-  switch (args.mode) {
-    case AdamMode::master:
-      return launch_step<kFormat, AdamMode::master>(args, stream);
-    case AdamMode::in_place:
-      return launch_step<kFormat, AdamMode::in_place>(args, stream);
-    case AdamMode::residual:
-      return launch_step<kFormat, AdamMode::residual>(args, stream);
-    case AdamMode::eco:
-      return launch_step<kFormat, AdamMode::eco>(args, stream);
-  }
-}
-
 }  // namespace
 
 void masked_adam(const MaskedAdamArgs& args, void* stream) {
   if (args.num_rows == 0) return;
-  if (!aligned(args.codes, kRowAlign)) {
-    throw std::invalid_argument("codes: expected an address that is a multiple of 16");
-  }
-  switch (args.format) {
-    case Format::bf16:
-      return launch_mode<Format::bf16>(args, stream);
-    case Format::nf4:
-      return launch_mode<Format::nf4>(args, stream);
-    case Format::nf4_f16:
-      return launch_mode<Format::nf4_f16>(args, stream);
-    case Format::int8:
-      return launch_mode<Format::int8>(args, stream);
-    case Format::fp8:
-      return launch_mode<Format::fp8>(args, stream);
-  }
+  const AdamGrid grid = adam_grid(args.num_rows, int64_t{multiprocessors()} * kBlocksPerSm, kMaxRows);
+  with_adam_kernel(args, [&]<Format kFormat, AdamMode kMode, bool kMoments8>() {
+    launch("masked_adam", masked_adam_kernel<kFormat, kMode, kMoments8>, dim3(grid.groups), dim3(kThreads), stream,
+           args, grid.rows_per_group, rows_are_aligned(args));
+  });
 }
 
 }  // namespace usaf::gpu
