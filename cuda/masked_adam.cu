@@ -4,8 +4,7 @@
 // absmax is found with shuffles. Each lane holds four weights of the first half and four of the second: fp32 moves in
 // 16-byte accesses that are contiguous over the warp, and the loads of both halves start before the first is used.
 // A thread block owns whole rows (up to 32, fewer where that would leave multiprocessors idle): one lane a row computes
-// the row's AdamScalars, since double precision is slow here, and alone reads and writes the row's step. The grid is as
-// large as the device, and loops.
+// the row's AdamScalars, since double precision is slow here, and alone reads and writes the row's step.
 // Bytes a weight: grad's 2 or 4, twice master's 2 or 4 or residual's 1, moments 16 or 4, codes 1 to 4.
 #include "gpu/masked_adam_launch.h"
 #include "kernel_api.h"
@@ -18,6 +17,7 @@ namespace {
 constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
 constexpr int kBlocksPerSm = 2;
 constexpr int kMaxRows = kWarp;  // of a thread block
+constexpr int64_t kMaxGridX = 2147483647;
 constexpr int kHalf = kWarp * kQuad, kHalves = 2, kBlockLanes = kBlockSize / kQuad;
 constexpr unsigned kFullWarp = 0xffffffffu;
 static_assert(kHalf * kHalves == kMomentBlock);
@@ -343,22 +343,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
   const int64_t chunks = num_moment_blocks(args.cols);
+  const int64_t first = int64_t{blockIdx.x} * rows_per_block, left = args.num_rows - first;
+  const int rows = left < rows_per_block ? static_cast<int>(left) : rows_per_block;
+  if (thread < rows) shared.row[thread] = prepare_row(args, first + thread);
+  __syncthreads();
   uint32_t difference = 0;
-  for (int64_t first = int64_t{blockIdx.x} * rows_per_block; first < args.num_rows;
-       first += int64_t{gridDim.x} * rows_per_block) {
-    const int64_t left = args.num_rows - first;
-    const int rows = left < rows_per_block ? static_cast<int>(left) : rows_per_block;
-    if (thread < rows) shared.row[thread] = prepare_row(args, first + thread);
-    __syncthreads();
-    int row = 0;
-    for (int64_t chunk = warp;; chunk += kWarps) {
-      while (row < rows && chunk >= chunks) chunk -= chunks, ++row;
-      if (row == rows) break;
-      if (shared.row[row].step == 0) continue;
-      const Chunk<kFormat, kMode, kMoments8> work{args, shared, maps, shared.row[row], first + row, grad_scale, wide};
-      difference |= work.run(chunk * kMomentBlock + lane * kQuad);
-    }
-    __syncthreads();  // before the next rows' scalars come
+  int row = 0;
+  for (int64_t chunk = warp;; chunk += kWarps) {
+    while (row < rows && chunk >= chunks) chunk -= chunks, ++row;
+    if (row == rows) break;
+    if (shared.row[row].step == 0) continue;
+    const Chunk<kFormat, kMode, kMoments8> work{args, shared, maps, shared.row[row], first + row, grad_scale, wide};
+    difference |= work.run(chunk * kMomentBlock + lane * kQuad);
   }
   if (args.changed && difference != 0) *args.changed = 1;
 }
@@ -367,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 void masked_adam(const MaskedAdamArgs& args, void* stream) {
   if (args.num_rows == 0) return;
-  const AdamGrid grid = adam_grid(args.num_rows, int64_t{multiprocessors()} * kBlocksPerSm, kMaxRows);
+  const AdamGrid grid = adam_grid(args.num_rows, int64_t{multiprocessors()} * kBlocksPerSm, kMaxRows, kMaxGridX);
   with_adam_kernel(args, [&]<Format kFormat, AdamMode kMode, bool kMoments8>() {
     launch("masked_adam", masked_adam_kernel<kFormat, kMode, kMoments8>, dim3(grid.groups), dim3(kThreads), stream,
            args, grid.rows_per_group, rows_are_aligned(args));

@@ -5,7 +5,7 @@
 // and fp32 moves in 16-byte accesses that are contiguous over the wave; every load of a lane starts before the first is
 // used. One lane a row computes the row's AdamScalars, since double precision is slow here, and alone reads and writes
 // the row's step. A block's absmax is found among its 16 lanes; that of 256 moments of 8 bits among 64, two waves that
-// meet in LDS. The grid is as large as the device, and loops.
+// meet in LDS.
 // Bytes a weight: grad's 2 or 4, twice master's 2 or 4 or residual's 1, moments 16 or 4, codes 1 to 4.
 #include "gpu/masked_adam_launch.h"
 #include "kernel_api.h"
@@ -16,8 +16,9 @@ namespace usaf::gpu {
 namespace {
 
 constexpr int kMaxThreads = 256, kMinThreads = kMomentBlock / kQuad;
-constexpr int kLanesPerUnit = 2048;  // resident on a unit at once
-constexpr int kMaxRows = 32;         // of a workgroup
+constexpr int kLanesPerUnit = 2048;                                  // resident on a unit at once
+constexpr int kMaxRows = 32;                                         // of a workgroup
+constexpr int64_t kMaxGridX = (int64_t{1} << 32) / kMaxThreads - 1;  // a grid has under 2^32 threads
 constexpr int kHalf = 32, kMaxHalves = kMaxThreads / kHalf, kBlockLanes = kBlockSize / kQuad;
 
 // For every workgroup to copy to LDS.
@@ -180,8 +181,8 @@ struct Row {
         scales(static_cast<typename ScaleOf<kFormat>::type*>(a.absmax) + row * num_blocks(kFormat, a.cols)),
         exp_avg(static_cast<uint8_t*>(a.exp_avg) + row * a.cols * (a.exp_avg_absmax ? 1 : 4)),
         exp_avg_sq(static_cast<uint8_t*>(a.exp_avg_sq) + row * a.cols * (a.exp_avg_sq_absmax ? 1 : 4)),
-        exp_avg_absmax(a.exp_avg_absmax ? a.exp_avg_absmax + row * num_moment_blocks(a.cols) : nullptr),
-        exp_avg_sq_absmax(a.exp_avg_sq_absmax ? a.exp_avg_sq_absmax + row * num_moment_blocks(a.cols) : nullptr),
+        exp_avg_absmax(a.exp_avg_absmax + (a.exp_avg_absmax ? row * num_moment_blocks(a.cols) : 0)),
+        exp_avg_sq_absmax(a.exp_avg_sq_absmax + (a.exp_avg_sq_absmax ? row * num_moment_blocks(a.cols) : 0)),
         first_element(a.first_element + row * a.cols) {
     if constexpr (kMode == AdamMode::master) {
       master = static_cast<uint8_t*>(a.master) + row * a.cols * (a.master_dtype == DType::f32 ? 4 : 2);
@@ -323,48 +324,45 @@ __global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs
     }
   }
   const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
+  const int64_t first = int64_t{blockIdx.x} * rows_per_group;
+  const int64_t left = args.num_rows - first;
+  const int rows = left < rows_per_group ? static_cast<int>(left) : rows_per_group;
+  if (thread < rows) {
+    RowStep prepared = {};
+    if (!args.active || args.active[first + thread]) {
+      prepared.step = args.step[first + thread] + 1;
+      prepared.scalars = adam_scalars(args.lr, args.beta1, args.beta2, args.eps, args.weight_decay, prepared.step);
+      args.step[first + thread] = prepared.step;  // nothing but this lane reads it
+    }
+    row_steps[thread] = prepared;
+  }
+  __syncthreads();
   uint32_t difference = 0;
   int turn = 0;
-  for (int64_t first = int64_t{blockIdx.x} * rows_per_group; first < args.num_rows;
-       first += int64_t{gridDim.x} * rows_per_group) {
-    const int64_t left = args.num_rows - first;
-    const int rows = left < rows_per_group ? static_cast<int>(left) : rows_per_group;
-    if (thread < rows) {
-      RowStep prepared = {};
-      if (!args.active || args.active[first + thread]) {
-        prepared.step = args.step[first + thread] + 1;
-        prepared.scalars = adam_scalars(args.lr, args.beta1, args.beta2, args.eps, args.weight_decay, prepared.step);
-        args.step[first + thread] = prepared.step;  // nothing but this lane reads it
+  for (int r = 0; r < rows; ++r) {
+    if (row_steps[r].step == 0) continue;
+    const Row<kFormat, kMode> row(args, first + r);
+    for (int64_t start = 0; start < args.cols; start += int64_t{threads} * kQuad) {
+      const int64_t col = start + thread * kQuad;
+      const int count = static_cast<int>(col >= args.cols ? 0 : args.cols - col < kQuad ? args.cols - col : kQuad);
+      AdamQuad quad;
+      difference |= step_weights<kFormat, kMode, kMoments8>(args, row, row_steps[r], nf4, maps, grad_scale, col, count,
+                                                            wide, quad);
+      uint32_t largest[2] = {};
+      if constexpr (kMoments8) {
+        auto& halves = maps.largest[turn];
+        turn ^= 1;
+        const int half = thread / kHalf;
+        halves[0][half] = largest_of<kHalf>(quad_magnitude(quad.exp_avg));
+        halves[1][half] = largest_of<kHalf>(quad_magnitude(quad.exp_avg_sq));
+        __syncthreads();
+        for (int i = 0; i < 2; ++i) largest[i] = max(halves[i][half], halves[i][half ^ 1]);
       }
-      row_steps[thread] = prepared;
+      store_moment<kMoments8>(row.exp_avg, row.exp_avg_absmax, maps.exp_avg, quad.exp_avg, largest[0], col, count,
+                              wide);
+      store_moment<kMoments8>(row.exp_avg_sq, row.exp_avg_sq_absmax, maps.exp_avg_sq, quad.exp_avg_sq, largest[1], col,
+                              count, wide);
     }
-    __syncthreads();
-    for (int r = 0; r < rows; ++r) {
-      if (row_steps[r].step == 0) continue;
-      const Row<kFormat, kMode> row(args, first + r);
-      for (int64_t start = 0; start < args.cols; start += int64_t{threads} * kQuad) {
-        const int64_t col = start + thread * kQuad;
-        const int count = static_cast<int>(col >= args.cols ? 0 : args.cols - col < kQuad ? args.cols - col : kQuad);
-        AdamQuad quad;
-        difference |= step_weights<kFormat, kMode, kMoments8>(args, row, row_steps[r], nf4, maps, grad_scale, col,
-                                                              count, wide, quad);
-        uint32_t largest[2] = {};
-        if constexpr (kMoments8) {
-          auto& halves = maps.largest[turn];
-          turn ^= 1;
-          const int half = thread / kHalf;
-          halves[0][half] = largest_of<kHalf>(quad_magnitude(quad.exp_avg));
-          halves[1][half] = largest_of<kHalf>(quad_magnitude(quad.exp_avg_sq));
-          __syncthreads();
-          for (int i = 0; i < 2; ++i) largest[i] = max(halves[i][half], halves[i][half ^ 1]);
-        }
-        store_moment<kMoments8>(row.exp_avg, row.exp_avg_absmax, maps.exp_avg, quad.exp_avg, largest[0], col, count,
-                                wide);
-        store_moment<kMoments8>(row.exp_avg_sq, row.exp_avg_sq_absmax, maps.exp_avg_sq, quad.exp_avg_sq, largest[1],
-                                col, count, wide);
-      }
-    }
-    __syncthreads();  // before the next rows' scalars come
   }
   if (args.changed && difference != 0) *args.changed = 1;
 }
@@ -376,7 +374,7 @@ void masked_adam(const MaskedAdamArgs& args, void* stream) {
   int threads = kMinThreads;
   while (threads < kMaxThreads && int64_t{threads} * kQuad < args.cols) threads *= 2;
   const int64_t resident = int64_t{multiprocessors()} * kLanesPerUnit / threads;
-  const AdamGrid grid = adam_grid(args.num_rows, resident, kMaxRows);
+  const AdamGrid grid = adam_grid(args.num_rows, resident, kMaxRows, kMaxGridX);
   with_adam_kernel(args, [&]<Format kFormat, AdamMode kMode, bool kMoments8>() {
     launch("masked_adam", masked_adam_kernel<kFormat, kMode, kMoments8>, dim3(grid.groups),
            dim3(static_cast<unsigned>(threads)), stream, args, grid.rows_per_group, rows_are_aligned(args));

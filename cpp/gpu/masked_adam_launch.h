@@ -26,10 +26,12 @@ struct AdamGrid {
   int rows_per_group;
 };
 
-// `resident`: groups that the device runs at once. With fewer rows than that, every row has a group of its own.
-inline AdamGrid adam_grid(int64_t num_rows, int64_t resident, int64_t max_rows_per_group) {
+// `resident`: groups that the device runs at once. Groups own as few rows as keep it full, so up to max_rows_per_group.
+inline AdamGrid adam_grid(int64_t num_rows, int64_t resident, int64_t max_rows_per_group, int64_t max_groups) {
   const int64_t rows = std::min((num_rows + resident - 1) / resident, max_rows_per_group);
-  return {static_cast<unsigned>(std::min((num_rows + rows - 1) / rows, resident)), static_cast<int>(rows)};
+  const int64_t groups = (num_rows + rows - 1) / rows;
+  if (groups > max_groups) throw std::invalid_argument("num_rows: too many rows for one launch");
+  return {static_cast<unsigned>(groups), static_cast<int>(rows)};
 }
 
 // body.operator()<kFormat, kMode, kMoments8>() with those of `args`; kMoments8: one of the moments or both are 8-bit.
