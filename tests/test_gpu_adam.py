@@ -26,7 +26,10 @@ CASE = adam.Case("nf4", "master", "f32", False, "f32", False, False, 3, 100, 0, 
 @pytest.fixture(scope="module", params=TARGETS)
 def library(request, tmp_path_factory):
     name, wave_size = TARGETS[request.param]
-    return codec.Library(str(build.build_library(tmp_path_factory.mktemp("adam"), name, wave_size=wave_size)))
+    path = build.build_library(tmp_path_factory.mktemp("adam"), name, wave_size=wave_size)
+    library = codec.Library(str(path))
+    library.target = name, wave_size
+    return library
 
 
 def as_torch(name: str, array: np.ndarray) -> torch.Tensor:
@@ -132,14 +135,13 @@ def test_unaligned_codes_are_refused(library):
     library.free()
 
 
-@pytest.mark.parametrize("target", ["cuda", "hip_wave32"])
-def test_clean_under_sanitizers(target, tmp_path):
+@pytest.mark.parametrize("library", ["cuda", "hip_wave32"], indirect=True)
+def test_clean_under_sanitizers(library, tmp_path):
     """And the same bits: nothing that is read was left unset."""
-    name, wave_size = TARGETS[target]
-    plain = codec.Library(str(build.build_library(tmp_path, name, wave_size=wave_size)))
+    name, wave_size = library.target
     sanitized = build.build_library(tmp_path, name, sanitize=True, wave_size=wave_size)
     command = [sys.executable, adam.__file__, str(sanitized)]
     environment = build.sanitizer_environment()
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.strip() == adam.digest(plain)
+    assert result.stdout.strip() == adam.digest(library)

@@ -26,7 +26,19 @@ def build_library(out: pathlib.Path, name: str, *, sanitize: bool = False, wave_
     """Compile one of _SOURCES into a shared library under `out`."""
     backend = name.split("_")[-1]
     library = out / f"{name}{wave_size}{'_sanitized' if sanitize else ''}.so"
-    command = [CXX, "-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    # Sanitized code is compiled far more slowly than it runs.
+    command = [
+        CXX,
+        "-std=c++20",
+        "-O0" if sanitize else "-O1",
+        "-g1",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     command += ["-Wno-unknown-pragmas", "-Wno-clobbered", f"-I{HERE}", f"-I{REPO / 'cpp'}", f"-I{REPO / backend}"]
     command += ["-DUSAF_MAX_GRID_Y=2"]  # small grids: the kernels' row loops run too
     command += [f"-DEMULATED_WAVE_SIZE={wave_size}"] + (["-DEMULATE_HIP"] if backend == "hip" else [])
