@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import usaf_ext.ops as ops
+from usaf_ext import _C
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "gpu_emulation"))
 build = importlib.import_module("build_emulation")
@@ -21,6 +22,10 @@ adam = importlib.import_module("adam_cases")
 
 TARGETS = {"cuda": ("adam_cuda", 32), "hip_wave32": ("adam_hip", 32), "hip_wave64": ("adam_hip", 64)}
 CASE = adam.Case("nf4", "master", "f32", False, "f32", False, False, 3, 100, 0, False, 0)
+
+on_device = pytest.mark.skipif(
+    _C.GPU_BACKEND is None or not torch.cuda.is_available(), reason="needs a GPU, and a build with its kernels"
+)
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -41,12 +46,16 @@ def as_torch_bits(tensor: torch.Tensor) -> torch.dtype:
     return torch.int16 if tensor.dtype == torch.bfloat16 else tensor.dtype  # numpy has no bfloat16
 
 
-def cpu_step(case, state, inputs):
-    """The state after the CPU backend's step."""
-    tensors = {name: as_torch(name, array) for name, array in {**state, **inputs}.items()}
+def op_step(case, state, inputs, device="cpu"):
+    """The state after one masked_adam_ of that device's backend."""
+    tensors = {name: as_torch(name, array).to(device) for name, array in {**state, **inputs}.items()}
+    apply_op(case, tensors)
+    return {name: tensors[name].view(as_torch_bits(tensors[name])).cpu().numpy() for name in state}
+
+
+def apply_op(case, tensors):
     options = {"format": case.format, "mode": case.mode, "stochastic": case.stochastic, "seed": 2**40 + 7}
     ops.masked_adam_(**tensors, **adam.HYPER, **options, first_element=case.first_element)
-    return {name: tensors[name].view(as_torch_bits(tensors[name])).numpy() for name in state}
 
 
 def assert_same(got, expected, message):
@@ -62,7 +71,7 @@ def test_every_bit_equals_the_cpu_backend(library, format, kind):
         state = adam.make_state(case)
         for step, left in enumerate(adam.run_case(library, case)):
             inputs = adam.make_inputs(case, step)
-            assert_same(left, cpu_step(case, state, inputs), f"{case} step {step}")
+            assert_same(left, op_step(case, state, inputs), f"{case} step {step}")
             active = inputs.get("active", np.ones(case.rows, bool))
             np.testing.assert_array_equal(left["step"], state["step"] + active)
             state = left
@@ -98,7 +107,7 @@ def test_changed_says_whether_a_bit_changed(library, mode):
         still["residual"] = np.zeros((3, 100), np.int8)
     idle = {**inputs, "grad": zeros, "active": np.array([True, True, False])}
     once = adam.run_step(library, case, still, {**idle, "grad_scale": np.zeros(1, np.float32)})
-    np.testing.assert_array_equal(once["changed"][0], cpu_step(case, still, idle)["changed"][0])
+    np.testing.assert_array_equal(once["changed"][0], op_step(case, still, idle)["changed"][0])
     assert adam.run_step(library, case, {**state, "changed": np.ones(1, np.int32)}, idle)["changed"][0] == 1
 
 
@@ -112,7 +121,7 @@ def test_rows_without_weights_only_count(library):
     """As on the CPU: such a row's step is made all the same. No rows: no launch."""
     case = adam.Case("nf4", "master", "f32", False, "f32", True, True, 3, 0, 0, True, 0)
     state, inputs = adam.make_state(case), adam.make_inputs(case, 0)
-    assert_same(adam.run_step(library, case, state, inputs), cpu_step(case, state, inputs), str(case))
+    assert_same(adam.run_step(library, case, state, inputs), op_step(case, state, inputs), str(case))
     before = library.native.launches()
     empty = adam.Case("nf4", "master", "f32", False, "f32", False, False, 0, 64, 0, False, 0)
     adam.run_step(library, empty, adam.make_state(empty), adam.make_inputs(empty, 0))
@@ -145,3 +154,30 @@ def test_clean_under_sanitizers(library, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.strip() == adam.digest(library)
+
+
+@on_device
+@pytest.mark.parametrize("kind", adam.KINDS, ids=lambda kind: f"{kind[0]}-{kind[1]}-{kind[2]}")
+@pytest.mark.parametrize("format", codec.FORMATS)
+def test_device_equals_the_cpu_backend(format, kind):
+    for case in adam.cases(format, kind):
+        state = adam.make_state(case)
+        for step in range(adam.STEPS):
+            inputs = adam.make_inputs(case, step)
+            left = op_step(case, state, inputs, "cuda")
+            assert_same(left, op_step(case, state, inputs), f"{case} step {step}")
+            state = {name: array.view(state[name].dtype) for name, array in left.items()}
+
+
+@on_device
+def test_device_step_replays_from_a_graph():
+    state, inputs = adam.make_state(CASE), adam.make_inputs(CASE, 0)
+    tensors = {name: as_torch(name, array).cuda() for name, array in {**state, **inputs}.items()}
+    apply_op(CASE, {name: tensor.clone() for name, tensor in tensors.items()})  # loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        apply_op(CASE, tensors)
+    for _ in range(2):
+        graph.replay()
+        state = op_step(CASE, state, inputs)
+    assert_same({name: tensors[name].cpu().numpy() for name in state}, state, "graph")

@@ -133,13 +133,13 @@ def run_step(library: codec.Library, case: Case, state: State, inputs: State) ->
 
 
 def run_case(library: codec.Library, case: Case) -> list[State]:
-    """The states after each of STEPS steps, the last of which is run in three orders of the threads."""
+    """The states after each of STEPS steps, the last of which is run in four orders of the threads."""
     states = [make_state(case)]
     for step in range(STEPS):
         inputs = make_inputs(case, step)
         states.append(run_step(library, case, states[-1], inputs))
     try:
-        for schedule in (1, 9):
+        for schedule in (1, 9, codec.WHOLE_WARPS):
             library.native.set_schedule(schedule)
             again = run_step(library, case, states[-2], inputs)
             for name, value in again.items():
