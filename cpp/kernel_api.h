@@ -8,6 +8,7 @@
 #pragma once
 #include <cstdint>
 
+#include "numerics/adam.h"
 #include "numerics/formats.h"
 
 namespace usaf {
@@ -16,7 +17,6 @@ enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 inline constexpr int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 enum class Activation : int32_t { silu = 0, gelu_tanh = 1, swiglu_clamped = 2 };
-enum class AdamMode : int32_t { master = 0, in_place = 1, residual = 2, eco = 3 };
 
 // Encode `num_rows` rows of `cols` weights. Row r reads weight + r * weight_stride elements and writes row
 // `row_index ? row_index[r] : r` of codes/absmax (strides are code_bytes(format, cols) and num_blocks(format, cols)).

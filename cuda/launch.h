@@ -31,4 +31,13 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   if (error != cudaSuccess) throw DeviceError(std::string(name) + ": CUDA launch failed: " + cudaGetErrorString(error));
 }
 
+// Of the current device, for grids that fill it once and loop.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) throw DeviceError(std::string("CUDA device: ") + cudaGetErrorString(error));
+  return count;
+}
+
 }  // namespace usaf::gpu

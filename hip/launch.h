@@ -25,4 +25,13 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   if (error != hipSuccess) throw DeviceError(std::string(name) + ": HIP launch failed: " + hipGetErrorString(error));
 }
 
+// Of the current device, for grids that fill it once and loop. On RDNA the runtime counts pairs of compute units.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  hipError_t error = hipGetDevice(&device);
+  if (error == hipSuccess) error = hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, device);
+  if (error != hipSuccess) throw DeviceError(std::string("HIP device: ") + hipGetErrorString(error));
+  return count;
+}
+
 }  // namespace usaf::gpu

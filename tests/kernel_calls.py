@@ -27,7 +27,7 @@ _SCALARS = {
 def _parse_structs(header: str) -> dict[str, type[ctypes.Structure]]:
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", header, flags=re.S)
     enums = dict.fromkeys(re.findall(r"enum class (\w+) : int32_t", text), ctypes.c_int32)
-    types = {**_SCALARS, **enums, "Format": ctypes.c_int32}
+    types = {**_SCALARS, **enums, "Format": ctypes.c_int32, "AdamMode": ctypes.c_int32}  # of cpp/numerics
     structs = {}
     for name, body in re.findall(r"struct (\w+Args) \{(.*?)\n\};", text, flags=re.S):
         fields: list[tuple[str, Any]] = []

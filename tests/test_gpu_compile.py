@@ -133,10 +133,17 @@ def test_hip_rounds_as_written(hip):
                 assert not mixed, f"{arch} {name}: {mixed}"
                 fused = [i for i in instructions if re.match(r"v_(fma|fmac|fmaak|fmamk|mad|mac|madak|madmk)_f\d", i)]
                 fused += [i for i in instructions if re.match(r"v_(fmac|mac)_legacy|v_fma_legacy", i)]
-                # A correctly rounded division is five of them and v_div_fmas; nothing else may be fused.
-                divisions = sum(i.startswith("v_div_fmas_f32") for i in instructions)
-                assert len(fused) == 5 * divisions, f"{arch} {name}: {fused}"
-                assert sum(i.startswith("v_div_fixup_f32") for i in instructions) == divisions
+                # A correctly rounded division is five of them and v_div_fmas, a root two (fp32) or seven (fp64);
+                # nothing else may be fused.
+                meant = 0
+                for bits, root, fused_a_root in (("f32", "v_sqrt_f32", 2), ("f64", "v_rsq_f64", 7)):
+                    divisions = sum(i.startswith(f"v_div_fmas_{bits}") for i in instructions)
+                    roots = sum(i.startswith(root) for i in instructions)
+                    of_type = sum(bits in i for i in fused)
+                    assert of_type == 5 * divisions + fused_a_root * roots, f"{arch} {name}: {fused}"
+                    assert sum(i.startswith(f"v_div_fixup_{bits}") for i in instructions) == divisions
+                    meant += of_type
+                assert len(fused) == meant, f"{arch} {name}: {fused}"
 
 
 def test_hip_moves_16_bytes(hip):

@@ -138,7 +138,7 @@ def run_reverse(native, mistake: int) -> tuple[int, np.ndarray, np.ndarray]:
     return status, out, values.reshape(2, 96)[:, ::-1].reshape(-1)
 
 
-@pytest.mark.parametrize("schedule", [0, 1, 2, 3])
+@pytest.mark.parametrize("schedule", [0, 1, 2, 3, codec.WHOLE_WARPS])
 def test_emulator_runs_correct_kernels(broken, schedule):
     broken.set_schedule(schedule)
     status, out, expected = run_reverse(broken, 0)

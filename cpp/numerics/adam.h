@@ -29,6 +29,9 @@
 
 namespace usaf {
 
+// What stands beside the codes of a row that is trained.
+enum class AdamMode : int32_t { master = 0, in_place = 1, residual = 2, eco = 3 };
+
 struct AdamScalars {
   float beta1, one_minus_beta1, beta2, one_minus_beta2;
   float eps;

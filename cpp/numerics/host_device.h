@@ -4,6 +4,11 @@
 // compiled with floating-point contraction off (-ffp-contract=off, -fmad=false): backends agree bit for bit.
 #pragma once
 
+// clang knows memcpy and sqrt of the device only once it has seen this.
+#if defined(__HIPCC__)
+#include <hip/hip_runtime.h>
+#endif
+
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define USAF_HD __host__ __device__ inline __attribute__((always_inline))
 #else

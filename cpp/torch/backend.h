@@ -42,6 +42,7 @@ struct GpuBackend {
   static constexpr bool kHostMemory = false;
   static constexpr auto encode_rows = gpu::encode_rows;
   static constexpr auto decode_rows = gpu::decode_rows;
+  static constexpr auto masked_adam = gpu::masked_adam;
 
   class Guard {
    public:

@@ -177,5 +177,8 @@ TORCH_LIBRARY_IMPL(usaf, CPU, m) {
   m.impl("masked_adam_", &masked_adam_<CpuBackend>);
   m.impl("dequantize_moments8", &dequantize_moments8<CpuBackend>);
 }
+#ifdef USAF_WITH_GPU
+TORCH_LIBRARY_IMPL(usaf, CUDA, m) { m.impl("masked_adam_", &masked_adam_<GpuBackend>); }
+#endif
 
 }  // namespace usaf

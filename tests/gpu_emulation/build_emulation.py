@@ -13,18 +13,32 @@ CXX = os.environ.get("CXX", "g++")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 _SOURCES = {
-    "cuda": [HERE / "driver.cpp", REPO / "cuda/codec.cu"],
-    "hip": [HERE / "driver.cpp", REPO / "hip/codec.hip"],
+    "cuda": [HERE / "driver.cpp", HERE / "codec_driver.cpp", REPO / "cuda/codec.cu"],
+    "hip": [HERE / "driver.cpp", HERE / "codec_driver.cpp", REPO / "hip/codec.hip"],
+    "adam_cuda": [HERE / "driver.cpp", HERE / "adam_driver.cpp", REPO / "cuda/masked_adam.cu"],
+    "adam_hip": [HERE / "driver.cpp", HERE / "adam_driver.cpp", REPO / "hip/masked_adam.hip"],
     "broken_cuda": [HERE / "broken_kernels.cpp"],
     "broken_hip": [HERE / "broken_kernels.cpp"],
 }
 
 
 def build_library(out: pathlib.Path, name: str, *, sanitize: bool = False, wave_size: int = 32) -> pathlib.Path:
-    """Compile `cuda`, `hip`, `broken_cuda` or `broken_hip` into a shared library under `out`."""
-    backend = name.removeprefix("broken_")
+    """Compile one of _SOURCES into a shared library under `out`."""
+    backend = name.split("_")[-1]
     library = out / f"{name}{wave_size}{'_sanitized' if sanitize else ''}.so"
-    command = [CXX, "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    # Sanitized code is compiled far more slowly than it runs.
+    command = [
+        CXX,
+        "-std=c++20",
+        "-O0" if sanitize else "-O1",
+        "-g1",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     command += ["-Wno-unknown-pragmas", "-Wno-clobbered", f"-I{HERE}", f"-I{REPO / 'cpp'}", f"-I{REPO / backend}"]
     command += ["-DUSAF_MAX_GRID_Y=2"]  # small grids: the kernels' row loops run too
     command += [f"-DEMULATED_WAVE_SIZE={wave_size}"] + (["-DEMULATE_HIP"] if backend == "hip" else [])

@@ -17,6 +17,7 @@ FORMATS = {"bf16": 0, "nf4": 1, "nf4_f16": 2, "int8": 3, "fp8": 4}
 DTYPES = {"f32": 0, "bf16": 1, "f16": 2}
 CODE_BITS = {"bf16": 16, "nf4": 4, "nf4_f16": 4, "int8": 8, "fp8": 8}
 STREAM = 0x5EED
+WHOLE_WARPS = -1  # a schedule of the emulator
 
 # The published table (arXiv 2305.14314, appendix E), written out here too: an oracle shares nothing with the code.
 # fmt: off

@@ -7,6 +7,9 @@ using cudaStream_t = void*;
 inline constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return emulator::take_last_error(); }
 inline const char* cudaGetErrorString(cudaError_t error) { return error == 0 ? "no error" : "emulated error"; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
 
 #define USAF_LAUNCH_KERNEL(kernel, grid, block, shared_bytes, stream, ...) \
   emulator::launch((grid), (block), (shared_bytes), (stream), 32, [&] { kernel(__VA_ARGS__); })

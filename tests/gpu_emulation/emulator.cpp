@@ -129,30 +129,34 @@ bool close_barrier() {
   return true;
 }
 
-// Lets the collectives go whose named lanes have all arrived. False if there is none.
+// Lets the collectives of the warp at thread `first` go whose named lanes have all arrived. False if there is none.
+bool close_collectives(int first) {
+  bool closed = false;
+  const int lanes = std::min(device.warp, device.num_threads - first);
+  Fiber* warp = &device.fibers[first];
+  for (int i = 0; i < lanes; ++i) {
+    if (warp[i].state != State::at_collective) continue;
+    const uint64_t mask = warp[i].mask;
+    bool complete = true;
+    for (int j = 0; j < device.warp; ++j) {
+      if ((mask >> j & 1) == 0) continue;
+      complete &= j < lanes && warp[j].state == State::at_collective && warp[j].mask == mask &&
+                  same_site(warp[j].site, warp[i].site);
+    }
+    if (!complete) continue;
+    for (int j = 0; j < lanes; ++j) {
+      if ((mask >> j & 1) == 0) continue;
+      device.values[first / device.warp][j] = warp[j].value;
+      warp[j].state = State::ready;
+    }
+    closed = true;
+  }
+  return closed;
+}
+
 bool close_collectives() {
   bool closed = false;
-  for (int first = 0; first < device.num_threads; first += device.warp) {
-    const int lanes = std::min(device.warp, device.num_threads - first);
-    Fiber* warp = &device.fibers[first];
-    for (int i = 0; i < lanes; ++i) {
-      if (warp[i].state != State::at_collective) continue;
-      const uint64_t mask = warp[i].mask;
-      bool complete = true;
-      for (int j = 0; j < device.warp; ++j) {
-        if ((mask >> j & 1) == 0) continue;
-        complete &= j < lanes && warp[j].state == State::at_collective && warp[j].mask == mask &&
-                    same_site(warp[j].site, warp[i].site);
-      }
-      if (!complete) continue;
-      for (int j = 0; j < lanes; ++j) {
-        if ((mask >> j & 1) == 0) continue;
-        device.values[first / device.warp][j] = warp[j].value;
-        warp[j].state = State::ready;
-      }
-      closed = true;
-    }
-  }
+  for (int first = 0; first < device.num_threads; first += device.warp) closed |= close_collectives(first);
   return closed;
 }
 
@@ -182,14 +186,26 @@ int fill_if_shared(dl_phdr_info* library, size_t, void*) {
   return 0;
 }
 
+void resume_ready(int thread) {
+  if (device.fibers[thread].state == State::ready) resume(device.fibers[thread]);
+}
+
+// One warp after the other, each as far as it comes without the others.
+void resume_whole_warps() {
+  for (int first = 0; first < device.num_threads; first += device.warp) {
+    do {
+      for (int i = first; i < std::min(first + device.warp, device.num_threads); ++i) resume_ready(i);
+    } while (close_collectives(first));
+  }
+}
+
 void run_block() {
   shared_anchor = 0;  // makes sure that the segment exists
   if (dl_iterate_phdr(fill_if_shared, nullptr) == 0) throw std::logic_error("the shared variables are not found");
   start_fibers();
   for (;;) {
-    for (const int i : device.order) {
-      if (device.fibers[i].state == State::ready) resume(device.fibers[i]);
-    }
+    if (control().schedule == kWholeWarps) resume_whole_warps();
+    for (const int i : device.order) resume_ready(i);
     const bool all_done = std::all_of(device.fibers.begin(), device.fibers.begin() + device.num_threads,
                                       [](const Fiber& f) { return f.state == State::done; });
     if (all_done) return;

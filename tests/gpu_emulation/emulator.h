@@ -3,7 +3,8 @@
 //
 // One block runs at a time, on one OS thread, one fiber per GPU thread. A fiber runs until it ends or meets its
 // fellows: at a barrier or at a warp collective. Nothing else switches, so the order in which fibers run is ours to
-// choose: `schedule` says ascending, descending or shuffled, and a kernel must give the same result in each. Shared
+// choose: `schedule` says ascending, descending, shuffled or by whole warps, and a kernel must give the same result in
+// each. Shared
 // memory is filled with 0xff before every block. Stricter than hardware where hardware is only undefined:
 //  - a barrier must be reached by every thread of the block, at the same source line;
 //  - a warp collective must be reached by every lane its mask names, at the same line with the same mask;
@@ -36,9 +37,11 @@ namespace emulator {
 
 using Site = std::source_location;
 
+inline constexpr int kWholeWarps = -1;  // a schedule: a warp runs to the next barrier before another one starts
+
 // What the device does next, and what it did last: set and read by the tests.
 struct Control {
-  int schedule = 0;     // 0 ascending, 1 descending, else the seed of a shuffle
+  int schedule = 0;     // 0 ascending, 1 descending, kWholeWarps, else the seed of a shuffle
   int fail_launch = 0;  // the error that the next launch reports instead of running
   void* last_stream = nullptr;
   int64_t launches = 0;

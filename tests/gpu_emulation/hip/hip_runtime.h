@@ -11,6 +11,9 @@ using hipStream_t = void*;
 inline constexpr hipError_t hipSuccess = 0;
 inline hipError_t hipGetLastError() { return emulator::take_last_error(); }
 inline const char* hipGetErrorString(hipError_t error) { return error == 0 ? "no error" : "emulated error"; }
+enum hipDeviceAttribute_t { hipDeviceAttributeMultiprocessorCount };
+inline hipError_t hipGetDevice(int* device) { return *device = 0, hipSuccess; }
+inline hipError_t hipDeviceGetAttribute(int* value, hipDeviceAttribute_t, int) { return *value = 1, hipSuccess; }
 
 #define hipLaunchKernelGGL(kernel, grid, block, shared_bytes, stream, ...) \
   emulator::launch((grid), (block), (shared_bytes), (stream), EMULATED_WAVE_SIZE, [&] { kernel(__VA_ARGS__); })

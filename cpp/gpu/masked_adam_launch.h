@@ -1,0 +1,73 @@
+// The host's side of masked Adam that cuda/ and hip/ share: which kernel, how many rows a workgroup owns, whether
+// accesses of four elements are aligned.
+#pragma once
+#include <algorithm>
+#include <stdexcept>
+
+#include "../kernel_api.h"
+#include "../numerics/adam_quad.h"
+
+namespace usaf::gpu {
+
+inline bool is_multiple(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// Whether every array's rows start at a multiple of four elements' bytes.
+inline bool rows_are_aligned(const MaskedAdamArgs& a) {
+  return a.cols % kQuad == 0 && is_multiple(a.grad, kQuad * element_size(a.grad_dtype)) &&
+         is_multiple(a.master, kQuad * element_size(a.master_dtype)) && is_multiple(a.residual, kQuad) &&
+         is_multiple(a.exp_avg, a.exp_avg_absmax ? kQuad : kQuad * 4) &&
+         is_multiple(a.exp_avg_sq, a.exp_avg_sq_absmax ? kQuad : kQuad * 4);
+}
+
+struct AdamGrid {
+  unsigned groups;
+  int rows_per_group;
+};
+
+// `resident`: groups that the device runs at once. Groups own as few rows as keep it full, so up to max_rows_per_group.
+inline AdamGrid adam_grid(int64_t num_rows, int64_t resident, int64_t max_rows_per_group, int64_t max_groups) {
+  const int64_t rows = std::min((num_rows + resident - 1) / resident, max_rows_per_group);
+  const int64_t groups = (num_rows + rows - 1) / rows;
+  if (groups > max_groups) throw std::invalid_argument("num_rows: too many rows for one launch");
+  return {static_cast<unsigned>(groups), static_cast<int>(rows)};
+}
+
+// body.operator()<kFormat, kMode, kMoments8>() with those of `args`; kMoments8: one of the moments or both are 8-bit.
+template <class Body>
+void with_adam_kernel(const MaskedAdamArgs& args, const Body& body) {
+  if (!is_multiple(args.codes, kRowAlign)) {
+    throw std::invalid_argument("codes: expected an address that is a multiple of 16");
+  }
+  const auto with_moments = [&]<Format kFormat, AdamMode kMode>() {
+    args.exp_avg_absmax || args.exp_avg_sq_absmax ? body.template operator()<kFormat, kMode, true>()
+                                                  : body.template operator()<kFormat, kMode, false>();
+  };
+  const auto with_mode = [&]<Format kFormat>() {
+    switch (args.mode) {
+      case AdamMode::master:
+        return with_moments.template operator()<kFormat, AdamMode::master>();
+      case AdamMode::in_place:
+        return with_moments.template operator()<kFormat, AdamMode::in_place>();
+      case AdamMode::residual:
+        return with_moments.template operator()<kFormat, AdamMode::residual>();
+      case AdamMode::eco:
+        return with_moments.template operator()<kFormat, AdamMode::eco>();
+    }
+  };
+  switch (args.format) {
+    case Format::bf16:
+      return with_mode.template operator()<Format::bf16>();
+    case Format::nf4:
+      return with_mode.template operator()<Format::nf4>();
+    case Format::nf4_f16:
+      return with_mode.template operator()<Format::nf4_f16>();
+    case Format::int8:
+      return with_mode.template operator()<Format::int8>();
+    case Format::fp8:
+      return with_mode.template operator()<Format::fp8>();
+  }
+}
+
+}  // namespace usaf::gpu

@@ -1,0 +1,373 @@
+// Masked Adam on NVIDIA GPUs: formulas in numerics/adam.h, residual.h and dynamic8.h, one lane's part in adam_quad.h.
+//
+// A warp steps 256 weights of a row at a time: four blocks of weights, and one block of 8-bit moments, so that every
+// absmax is found with shuffles. Each lane holds four weights of the first half and four of the second: fp32 moves in
+// 16-byte accesses that are contiguous over the warp, and the loads of both halves start before the first is used.
+// A thread block owns whole rows (up to 32, fewer where that would leave multiprocessors idle): one lane a row computes
+// the row's AdamScalars, since double precision is slow here, and alone reads and writes the row's step.
+// Bytes a weight: grad's 2 or 4, twice master's 2 or 4 or residual's 1, moments 16 or 4, codes 1 to 4.
+#include "gpu/masked_adam_launch.h"
+#include "kernel_api.h"
+#include "launch.h"
+#include "numerics/adam_quad.h"
+
+namespace usaf::gpu {
+namespace {
+
+constexpr int kWarp = 32, kWarps = 8, kThreads = kWarp * kWarps;
+constexpr int kBlocksPerSm = 2;
+constexpr int kMaxRows = kWarp;  // of a thread block
+constexpr int64_t kMaxGridX = 2147483647;
+constexpr int kHalf = kWarp * kQuad, kHalves = 2, kBlockLanes = kBlockSize / kQuad;
+constexpr unsigned kFullWarp = 0xffffffffu;
+static_assert(kHalf * kHalves == kMomentBlock);
+
+// On the device, for every thread block to copy to its shared memory.
+__device__ constexpr Dynamic8 kExpAvgMap = kDynamic8Signed, kExpAvgSqMap = kDynamic8Unsigned;
+__device__ constexpr Nf4Tables kNf4 = kNf4Tables;
+
+struct RowStep {
+  AdamScalars scalars;
+  int32_t step;  // counting this one; 0: the row is skipped
+};
+
+struct Shared {
+  RowStep row[kMaxRows];
+  Nf4Tables nf4;
+};
+
+struct SharedMaps {
+  Dynamic8 exp_avg, exp_avg_sq;
+};
+
+// Four elements of kBytes each, zeros past `count`. `wide`: every row starts where its four-element accesses may.
+template <int kBytes>
+__device__ __forceinline__ uint4 load_four(const void* source, int count, bool wide) {
+  uint32_t word[4] = {};
+  if (wide && count == kQuad) {
+    if constexpr (kBytes == 4) return *static_cast<const uint4*>(source);
+    if constexpr (kBytes == 2) {
+      const uint2 half = *static_cast<const uint2*>(source);
+      return make_uint4(half.x, half.y, 0, 0);
+    }
+    word[0] = *static_cast<const uint32_t*>(source);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      if (i >= count) continue;
+      if constexpr (kBytes == 4) word[i] = static_cast<const uint32_t*>(source)[i];
+      if constexpr (kBytes == 2) word[i / 2] |= uint32_t{static_cast<const uint16_t*>(source)[i]} << i % 2 * 16;
+      if constexpr (kBytes == 1) word[0] |= uint32_t{static_cast<const uint8_t*>(source)[i]} << 8 * i;
+    }
+  }
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+template <int kBytes>
+__device__ __forceinline__ void store_four(void* target, uint4 words, int count, bool wide) {
+  if (wide && count == kQuad) {
+    if constexpr (kBytes == 4) *static_cast<uint4*>(target) = words;
+    if constexpr (kBytes == 2) *static_cast<uint2*>(target) = make_uint2(words.x, words.y);
+    if constexpr (kBytes == 1) *static_cast<uint32_t*>(target) = words.x;
+    return;
+  }
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    if (i >= count) continue;
+    if constexpr (kBytes == 4) static_cast<uint32_t*>(target)[i] = word[i];
+    if constexpr (kBytes == 2) static_cast<uint16_t*>(target)[i] = static_cast<uint16_t>(word[i / 2] >> i % 2 * 16);
+    if constexpr (kBytes == 1) static_cast<uint8_t*>(target)[i] = static_cast<uint8_t>(word[0] >> 8 * i);
+  }
+}
+
+__device__ __forceinline__ const void* at(const void* data, int64_t element, int bytes) {
+  return static_cast<const uint8_t*>(data) + element * bytes;
+}
+__device__ __forceinline__ void* at(void* data, int64_t element, int bytes) {
+  return static_cast<uint8_t*>(data) + element * bytes;
+}
+
+// fp32 or bf16, as their bits until they are unpacked: which of them is known at run time only.
+__device__ __forceinline__ uint4 load_floats(const void* data, int64_t element, DType dtype, int count, bool wide) {
+  return dtype == DType::f32 ? load_four<4>(at(data, element, 4), count, wide)
+                             : load_four<2>(at(data, element, 2), count, wide);
+}
+
+__device__ __forceinline__ void unpack(uint4 words, DType dtype, float (&value)[kQuad]) {
+  const bool f32 = dtype == DType::f32;
+  value[0] = bits_float(f32 ? words.x : words.x << 16);
+  value[1] = bits_float(f32 ? words.y : words.x & 0xffff0000u);
+  value[2] = bits_float(f32 ? words.z : words.y << 16);
+  value[3] = bits_float(f32 ? words.w : words.y & 0xffff0000u);
+}
+
+__device__ __forceinline__ uint4 pack(const float (&value)[kQuad]) {
+  return make_uint4(float_bits(value[0]), float_bits(value[1]), float_bits(value[2]), float_bits(value[3]));
+}
+
+__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+  return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
+}
+
+template <Format kFormat>
+__device__ __forceinline__ uint64_t load_codes(const uint8_t* source) {
+  if constexpr (kFormat == Format::bf16) {
+    const uint2 words = *reinterpret_cast<const uint2*>(source);
+    return words.x | uint64_t{words.y} << 32;
+  } else if constexpr (is_nf4(kFormat)) {
+    return *reinterpret_cast<const uint16_t*>(source);
+  } else {
+    return *reinterpret_cast<const uint32_t*>(source);
+  }
+}
+
+template <Format kFormat>
+__device__ __forceinline__ void store_codes(uint8_t* target, uint64_t codes) {
+  if constexpr (kFormat == Format::bf16) {
+    *reinterpret_cast<uint2*>(target) = make_uint2(static_cast<uint32_t>(codes), static_cast<uint32_t>(codes >> 32));
+  } else if constexpr (is_nf4(kFormat)) {
+    *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(codes);
+  } else {
+    *reinterpret_cast<uint32_t*>(target) = static_cast<uint32_t>(codes);
+  }
+}
+
+// The largest among kLanes neighbouring lanes; every lane of the warp takes part.
+template <int kLanes>
+__device__ __forceinline__ uint32_t largest_of(uint32_t value) {
+#pragma unroll
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) value = max(value, __shfl_xor_sync(kFullWarp, value, lane));
+  return value;
+}
+
+// What one lane loads of one half.
+template <AdamMode kMode>
+struct Loaded {
+  uint4 grad, exp_avg, exp_avg_sq, master;
+  uint64_t codes;
+  uint32_t residuals;
+  float step;
+};
+
+template <Format kFormat, AdamMode kMode, bool kMoments8>
+struct Chunk {
+  const MaskedAdamArgs& args;
+  const Shared& shared;
+  const SharedMaps& maps;
+  const RowStep& row_step;
+  int64_t row;
+  float grad_scale;
+  bool wide;
+
+  static constexpr bool kHasMaster = kMode == AdamMode::master, kHasResidual = kMode == AdamMode::residual;
+  static constexpr bool kIsEco = kMode == AdamMode::eco;
+
+  __device__ __forceinline__ int64_t element(int64_t col) const { return row * args.cols + col; }
+  __device__ __forceinline__ int count(int64_t col) const {
+    return static_cast<int>(col >= args.cols ? 0 : args.cols - col < kQuad ? args.cols - col : kQuad);
+  }
+  __device__ __forceinline__ uint8_t* codes_at(int64_t col) const {
+    return args.codes + row * code_bytes(kFormat, args.cols) + col * code_bits(kFormat) / 8;
+  }
+  // Of formats that have scales.
+  __device__ __forceinline__ auto* scale_at(int64_t col) const {
+    return static_cast<typename BlockCodec<kFormat>::Scale*>(args.absmax) + row * num_blocks(kFormat, args.cols) +
+           col / kBlockSize;
+  }
+  __device__ __forceinline__ float* moment_absmax_at(float* absmax, int64_t col) const {
+    return absmax + row * num_moment_blocks(args.cols) + col / kMomentBlock;
+  }
+
+  __device__ __forceinline__ uint4 load_moment(const void* data, const float* absmax, int64_t col) const {
+    if (kMoments8 && absmax) return load_four<1>(at(data, element(col), 1), count(col), wide);
+    return load_four<4>(at(data, element(col), 4), count(col), wide);
+  }
+  __device__ __forceinline__ void unpack_moment(uint4 words, float* absmax, const Dynamic8& map, int64_t col,
+                                                float (&moment)[kQuad]) const {
+    if (kMoments8 && absmax) {
+      const float scale = count(col) > 0 ? *moment_absmax_at(absmax, col) : 0.0f;
+      decode_moments_quad(map, words.x, scale, moment);
+    } else {
+      unpack(words, DType::f32, moment);
+    }
+  }
+
+  __device__ __forceinline__ Loaded<kMode> load(int64_t col) const {
+    Loaded<kMode> in = {};
+    const int n = count(col);
+    in.grad = load_floats(args.grad, element(col), args.grad_dtype, n, wide);
+    in.exp_avg = load_moment(args.exp_avg, args.exp_avg_absmax, col);
+    in.exp_avg_sq = load_moment(args.exp_avg_sq, args.exp_avg_sq_absmax, col);
+    if constexpr (kHasMaster) in.master = load_floats(args.master, element(col), args.master_dtype, n, wide);
+    if constexpr (kHasResidual) in.residuals = load_four<1>(args.residual + element(col), n, wide).x;
+    if (n == 0) return in;
+    in.codes = load_codes<kFormat>(codes_at(col));
+    if constexpr (kFormat != Format::bf16) in.step = BlockCodec<kFormat>::step(*scale_at(col));
+    return in;
+  }
+
+  // Stores the stepped master and rounds the weights to it. Not 0 if a bit changed.
+  __device__ __forceinline__ uint32_t store_master(int64_t col, uint4 old, float (&weight)[kQuad]) const {
+    const bool f32 = args.master_dtype == DType::f32;
+    uint4 words = pack(weight);
+    if (!f32) {
+      words = make_uint4(bf16_pair(weight[0], weight[1]), bf16_pair(weight[2], weight[3]), 0, 0);
+      unpack(words, DType::bf16, weight);
+      store_four<2>(at(args.master, element(col), 2), words, count(col), wide);
+    } else {
+      store_four<4>(at(args.master, element(col), 4), words, count(col), wide);
+    }
+    return (words.x ^ old.x) | (words.y ^ old.y) | (words.z ^ old.z) | (words.w ^ old.w);
+  }
+
+  // Steps and encodes a half; its moments stay in `quad`. Not 0 if a bit of codes, absmax, master or residual changed.
+  __device__ __forceinline__ uint32_t step(const Loaded<kMode>& in, int64_t col, AdamQuad& quad) const {
+    const int n = count(col);
+    if constexpr (kHasMaster) {
+      unpack(in.master, args.master_dtype, quad.weight);
+    } else {
+      decode_quad<kFormat, kMode>(in.codes, in.residuals, in.step, shared.nf4, quad.weight);
+    }
+    float grad[kQuad];
+    unpack(in.grad, args.grad_dtype, grad);
+    step_quad(row_step.scalars, grad_scale, grad, n, quad);
+
+    uint32_t difference = 0;
+    if constexpr (kHasMaster) difference = store_master(col, in.master, quad.weight);
+    float new_step = 1.0f, inverse = 1.0f;
+    if constexpr (kFormat != Format::bf16) {
+      using Codec = BlockCodec<kFormat>;
+      const auto scale = Codec::make_scale(bits_float(largest_of<kBlockLanes>(quad_magnitude(quad.weight))));
+      new_step = Codec::step(scale);
+      inverse = inverse_step(new_step);
+      if (n > 0 && col % kBlockSize == 0) {
+        difference |= replace_scale(scale_at(col), scale);
+      }
+    }
+    uint64_t codes;
+    if (!kHasMaster && !kHasResidual && args.stochastic) {
+      const Random4 random = random_quad(args.seed, row_step.step, args.first_element + element(col));
+      codes = encode_quad<kFormat>(quad.weight, inverse, &random, n);
+    } else {
+      codes = encode_quad<kFormat>(quad.weight, inverse, nullptr, n);
+    }
+    if (n > 0) {
+      // The bytes past the row's end keep what they hold.
+      const uint64_t changed = (codes ^ in.codes) & quad_code_mask<kFormat>(n);
+      difference |= static_cast<uint32_t>(changed) | static_cast<uint32_t>(changed >> 32);
+      store_codes<kFormat>(codes_at(col), in.codes ^ changed);
+    }
+    if constexpr (kHasResidual || kIsEco) {
+      const uint32_t residuals = keep_error<kFormat, kMode>(row_step.scalars, codes, new_step, shared.nf4, n, quad);
+      if constexpr (kHasResidual) {
+        store_four<1>(args.residual + element(col), make_uint4(residuals, 0, 0, 0), n, wide);
+        const uint32_t used = n == 0 ? 0u : 0xffffffffu >> (32 - 8 * n);
+        difference |= (residuals ^ in.residuals) & used;
+      }
+    }
+    return difference;
+  }
+
+  template <class Scale>
+  __device__ __forceinline__ static uint32_t replace_scale(Scale* target, Scale scale) {
+    uint32_t difference;
+    if constexpr (sizeof(Scale) == 2) {
+      difference = target->bits ^ scale.bits;
+    } else {
+      difference = float_bits(*target) ^ float_bits(scale);
+    }
+    *target = scale;
+    return difference;
+  }
+
+  __device__ __forceinline__ void store_moment(void* data, float* absmax, const Dynamic8& map, int64_t col,
+                                               const float (&first)[kQuad], const float (&second)[kQuad]) const {
+    if (kMoments8 && absmax) {
+      const float largest = bits_float(largest_of<kWarp>(max(quad_magnitude(first), quad_magnitude(second))));
+      const float inverse = inverse_step(largest);
+      if (col % kMomentBlock == 0 && count(col) > 0) *moment_absmax_at(absmax, col) = largest;
+      const uint32_t low = encode_moments_quad(map, first, inverse), high = encode_moments_quad(map, second, inverse);
+      store_four<1>(at(data, element(col), 1), make_uint4(low, 0, 0, 0), count(col), wide);
+      store_four<1>(at(data, element(col + kHalf), 1), make_uint4(high, 0, 0, 0), count(col + kHalf), wide);
+    } else {
+      store_four<4>(at(data, element(col), 4), pack(first), count(col), wide);
+      store_four<4>(at(data, element(col + kHalf), 4), pack(second), count(col + kHalf), wide);
+    }
+  }
+
+  // The 256 weights from `col`, less this lane's own offset, on.
+  __device__ __forceinline__ uint32_t run(int64_t col) const {
+    Loaded<kMode> in[kHalves];
+    AdamQuad quad[kHalves];
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) in[half] = load(col + half * kHalf);
+    uint32_t difference = 0;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      unpack_moment(in[half].exp_avg, args.exp_avg_absmax, maps.exp_avg, col + half * kHalf, quad[half].exp_avg);
+      unpack_moment(in[half].exp_avg_sq, args.exp_avg_sq_absmax, maps.exp_avg_sq, col + half * kHalf,
+                    quad[half].exp_avg_sq);
+      difference |= step(in[half], col + half * kHalf, quad[half]);
+    }
+    store_moment(args.exp_avg, args.exp_avg_absmax, maps.exp_avg, col, quad[0].exp_avg, quad[1].exp_avg);
+    store_moment(args.exp_avg_sq, args.exp_avg_sq_absmax, maps.exp_avg_sq, col, quad[0].exp_avg_sq, quad[1].exp_avg_sq);
+    return difference;
+  }
+};
+
+// One lane a row: it alone reads and writes the row's step.
+__device__ __forceinline__ RowStep prepare_row(const MaskedAdamArgs& args, int64_t row) {
+  if (args.active && !args.active[row]) return {};
+  const int32_t step = args.step[row] + 1;
+  args.step[row] = step;
+  return {adam_scalars(args.lr, args.beta1, args.beta2, args.eps, args.weight_decay, step), step};
+}
+
+template <Format kFormat, AdamMode kMode, bool kMoments8>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    masked_adam_kernel(MaskedAdamArgs args, int rows_per_block, bool wide) {
+  __shared__ Shared shared;
+  __shared__ SharedMaps maps;
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  if (args.found_inf && *args.found_inf != 0.0f) return;
+  if (is_nf4(kFormat) && thread < 16) {
+    shared.nf4.value[thread] = kNf4.value[thread];
+    shared.nf4.gap[thread] = kNf4.gap[thread];
+  }
+  if constexpr (kMoments8) {
+    maps.exp_avg.value[thread] = kExpAvgMap.value[thread];
+    maps.exp_avg_sq.value[thread] = kExpAvgSqMap.value[thread];
+    if (thread < 255) maps.exp_avg.bound[thread] = kExpAvgMap.bound[thread];
+    if (thread < 255) maps.exp_avg_sq.bound[thread] = kExpAvgSqMap.bound[thread];
+  }
+  const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
+  const int64_t chunks = num_moment_blocks(args.cols);
+  const int64_t first = int64_t{blockIdx.x} * rows_per_block, left = args.num_rows - first;
+  const int rows = left < rows_per_block ? static_cast<int>(left) : rows_per_block;
+  if (thread < rows) shared.row[thread] = prepare_row(args, first + thread);
+  __syncthreads();
+  uint32_t difference = 0;
+  int row = 0;
+  for (int64_t chunk = warp;; chunk += kWarps) {
+    while (row < rows && chunk >= chunks) chunk -= chunks, ++row;
+    if (row == rows) break;
+    if (shared.row[row].step == 0) continue;
+    const Chunk<kFormat, kMode, kMoments8> work{args, shared, maps, shared.row[row], first + row, grad_scale, wide};
+    difference |= work.run(chunk * kMomentBlock + lane * kQuad);
+  }
+  if (args.changed && difference != 0) *args.changed = 1;
+}
+
+}  // namespace
+
+void masked_adam(const MaskedAdamArgs& args, void* stream) {
+  if (args.num_rows == 0) return;
+  const AdamGrid grid = adam_grid(args.num_rows, int64_t{multiprocessors()} * kBlocksPerSm, kMaxRows, kMaxGridX);
+  with_adam_kernel(args, [&]<Format kFormat, AdamMode kMode, bool kMoments8>() {
+    launch("masked_adam", masked_adam_kernel<kFormat, kMode, kMoments8>, dim3(grid.groups), dim3(kThreads), stream,
+           args, grid.rows_per_group, rows_are_aligned(args));
+  });
+}
+
+}  // namespace usaf::gpu

@@ -1,0 +1,384 @@
+// Masked Adam on AMD GPUs: formulas in numerics/adam.h, residual.h and dynamic8.h, one lane's part in adam_quad.h.
+//
+// Written for RDNA2 (wave32), right on any wave size. A workgroup owns whole rows (up to 32, fewer where that would
+// leave units idle) and lies along one of them at a time, four weights a lane, so that row addresses are scalar work
+// and fp32 moves in 16-byte accesses that are contiguous over the wave; every load of a lane starts before the first is
+// used. One lane a row computes the row's AdamScalars, since double precision is slow here, and alone reads and writes
+// the row's step. A block's absmax is found among its 16 lanes; that of 256 moments of 8 bits among 64, two waves that
+// meet in LDS.
+// Bytes a weight: grad's 2 or 4, twice master's 2 or 4 or residual's 1, moments 16 or 4, codes 1 to 4.
+#include "gpu/masked_adam_launch.h"
+#include "kernel_api.h"
+#include "launch.h"
+#include "numerics/adam_quad.h"
+
+namespace usaf::gpu {
+namespace {
+
+constexpr int kMaxThreads = 256, kMinThreads = kMomentBlock / kQuad;
+constexpr int kLanesPerUnit = 2048;                                  // resident on a unit at once
+constexpr int kMaxRows = 32;                                         // of a workgroup
+constexpr int64_t kMaxGridX = (int64_t{1} << 32) / kMaxThreads - 1;  // a grid has under 2^32 threads
+constexpr int kHalf = 32, kMaxHalves = kMaxThreads / kHalf, kBlockLanes = kBlockSize / kQuad;
+
+// For every workgroup to copy to LDS.
+__device__ constexpr Dynamic8 kExpAvgMap = kDynamic8Signed, kExpAvgSqMap = kDynamic8Unsigned;
+__device__ constexpr Nf4Tables kNf4 = kNf4Tables;
+
+struct Maps {
+  Dynamic8 exp_avg, exp_avg_sq;
+  uint32_t largest[2][2][kMaxHalves];  // [turn][moment][half of 256 moments]: used in turns, a barrier a turn
+};
+
+struct RowStep {
+  AdamScalars scalars;
+  int32_t step;  // counting this one; 0: the row is skipped
+};
+
+// Four elements of 4, 2 or 1 bytes, in as few words as hold them.
+struct Four {
+  uint32_t word[4];
+};
+
+// One 16-byte access. As a single integer: a struct of words would be taken apart and merged with the tail's accesses.
+using Wide = unsigned __int128;
+
+// Zeros past `count`. `wide`: every row starts where accesses of four elements may.
+template <int kBytes>
+__device__ __forceinline__ Four load_four(const uint8_t* __restrict__ source, int count, bool wide) {
+  Four four = {};
+  if (wide && count == kQuad) {
+    if constexpr (kBytes == 4) {
+      const Wide raw = *reinterpret_cast<const Wide*>(source);
+      four = {{static_cast<uint32_t>(raw), static_cast<uint32_t>(raw >> 32), static_cast<uint32_t>(raw >> 64),
+               static_cast<uint32_t>(raw >> 96)}};
+    } else if constexpr (kBytes == 2) {
+      const uint2 half = *reinterpret_cast<const uint2*>(source);
+      four = {{half.x, half.y}};
+    } else {
+      four.word[0] = *reinterpret_cast<const uint32_t*>(source);
+    }
+    return four;
+  }
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    if (i >= count) continue;
+    if constexpr (kBytes == 4) four.word[i] = reinterpret_cast<const uint32_t*>(source)[i];
+    if constexpr (kBytes == 2) {
+      four.word[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(source)[i]) << i % 2 * 16;
+    }
+    if constexpr (kBytes == 1) four.word[0] |= static_cast<uint32_t>(source[i]) << 8 * i;
+  }
+  return four;
+}
+
+template <int kBytes>
+__device__ __forceinline__ void store_four(uint8_t* __restrict__ target, const Four& four, int count, bool wide) {
+  if (wide && count == kQuad) {
+    if constexpr (kBytes == 4) {
+      *reinterpret_cast<Wide*>(target) =
+          Wide{four.word[3]} << 96 | Wide{four.word[2]} << 64 | Wide{four.word[1]} << 32 | Wide{four.word[0]};
+    } else if constexpr (kBytes == 2) {
+      *reinterpret_cast<uint2*>(target) = make_uint2(four.word[0], four.word[1]);
+    } else {
+      *reinterpret_cast<uint32_t*>(target) = four.word[0];
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    if (i >= count) continue;
+    if constexpr (kBytes == 4) reinterpret_cast<uint32_t*>(target)[i] = four.word[i];
+    if constexpr (kBytes == 2) {
+      reinterpret_cast<uint16_t*>(target)[i] = static_cast<uint16_t>(four.word[i / 2] >> i % 2 * 16);
+    }
+    if constexpr (kBytes == 1) target[i] = static_cast<uint8_t>(four.word[0] >> 8 * i);
+  }
+}
+
+// fp32 or bf16 stay bits until they are used: a conversion inside the branch would wait for the load there.
+__device__ __forceinline__ Four load_floats(const uint8_t* row, int64_t col, bool f32, int count, bool wide) {
+  return f32 ? load_four<4>(row + col * 4, count, wide) : load_four<2>(row + col * 2, count, wide);
+}
+
+__device__ __forceinline__ void unpack(const Four& four, bool f32, float (&value)[kQuad]) {
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    const uint32_t pair = four.word[i / 2];
+    value[i] = bits_float(f32 ? four.word[i] : i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+  }
+}
+
+__device__ __forceinline__ Four pack(const float (&value)[kQuad], bool f32) {
+  Four four = {};
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    if (f32) {
+      four.word[i] = float_bits(value[i]);
+    } else {
+      four.word[i / 2] |= static_cast<uint32_t>(to_bf16(value[i]).bits) << i % 2 * 16;
+    }
+  }
+  return four;
+}
+
+template <Format kFormat>
+__device__ __forceinline__ uint64_t load_codes(const uint8_t* __restrict__ source) {
+  if constexpr (is_nf4(kFormat)) return *reinterpret_cast<const uint16_t*>(source);
+  if constexpr (kFormat == Format::bf16) return *reinterpret_cast<const uint64_t*>(source);
+  return *reinterpret_cast<const uint32_t*>(source);
+}
+
+template <Format kFormat>
+__device__ __forceinline__ void store_codes(uint8_t* __restrict__ target, uint64_t codes) {
+  if constexpr (is_nf4(kFormat)) {
+    *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(codes);
+  } else if constexpr (kFormat == Format::bf16) {
+    *reinterpret_cast<uint64_t*>(target) = codes;
+  } else {
+    *reinterpret_cast<uint32_t*>(target) = static_cast<uint32_t>(codes);
+  }
+}
+
+// The largest of kLanes <= 32 neighbouring lanes; every lane of the wave takes part.
+template <int kLanes>
+__device__ __forceinline__ uint32_t largest_of(uint32_t value) {
+#pragma unroll
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) {
+    value = max(value, static_cast<uint32_t>(__shfl_xor(static_cast<int>(value), lane, kLanes)));
+  }
+  return value;
+}
+
+// bf16 has no scales; its kernels take a pointer that they do not use.
+template <Format kFormat>
+struct ScaleOf {
+  using type = typename BlockCodec<kFormat>::Scale;
+};
+template <>
+struct ScaleOf<Format::bf16> {
+  using type = float;
+};
+
+__device__ __forceinline__ uint32_t scale_bits(float scale) { return float_bits(scale); }
+__device__ __forceinline__ uint32_t scale_bits(F16 scale) { return scale.bits; }
+
+// Where a row's arrays begin: uniform over the workgroup.
+template <Format kFormat, AdamMode kMode>
+struct Row {
+  const uint8_t* grad;
+  uint8_t *master, *residual, *codes;
+  typename ScaleOf<kFormat>::type* scales;
+  uint8_t *exp_avg, *exp_avg_sq;
+  float *exp_avg_absmax, *exp_avg_sq_absmax;  // null: the moment is fp32
+  int64_t first_element;                      // in the noise
+
+  __device__ __forceinline__ Row(const MaskedAdamArgs& a, int64_t row)
+      : grad(static_cast<const uint8_t*>(a.grad) + row * a.cols * (a.grad_dtype == DType::f32 ? 4 : 2)),
+        master(nullptr),
+        residual(nullptr),
+        codes(a.codes + row * code_bytes(kFormat, a.cols)),
+        scales(static_cast<typename ScaleOf<kFormat>::type*>(a.absmax) + row * num_blocks(kFormat, a.cols)),
+        exp_avg(static_cast<uint8_t*>(a.exp_avg) + row * a.cols * (a.exp_avg_absmax ? 1 : 4)),
+        exp_avg_sq(static_cast<uint8_t*>(a.exp_avg_sq) + row * a.cols * (a.exp_avg_sq_absmax ? 1 : 4)),
+        exp_avg_absmax(a.exp_avg_absmax + (a.exp_avg_absmax ? row * num_moment_blocks(a.cols) : 0)),
+        exp_avg_sq_absmax(a.exp_avg_sq_absmax + (a.exp_avg_sq_absmax ? row * num_moment_blocks(a.cols) : 0)),
+        first_element(a.first_element + row * a.cols) {
+    if constexpr (kMode == AdamMode::master) {
+      master = static_cast<uint8_t*>(a.master) + row * a.cols * (a.master_dtype == DType::f32 ? 4 : 2);
+    }
+    if constexpr (kMode == AdamMode::residual) residual = reinterpret_cast<uint8_t*>(a.residual) + row * a.cols;
+  }
+};
+
+// A moment's four values as loaded, with its block's absmax if they are codes.
+struct Moment {
+  Four four;
+  float absmax;
+
+  template <bool kMoments8>
+  __device__ __forceinline__ static Moment load(const uint8_t* row, const float* absmax, int64_t col, int count,
+                                                bool wide) {
+    if (!kMoments8 || !absmax) return {load_four<4>(row + col * 4, count, wide), 0.0f};
+    return {load_four<1>(row + col, count, wide), count > 0 ? absmax[col / kMomentBlock] : 0.0f};
+  }
+  template <bool kMoments8>
+  __device__ __forceinline__ void decode(bool is_codes, const Dynamic8& map, float (&value)[kQuad]) const {
+    if (kMoments8 && is_codes) {
+      decode_moments_quad(map, four.word[0], absmax, value);
+    } else {
+      unpack(four, true, value);
+    }
+  }
+};
+
+// `largest`: of the 256 moments, where they become codes.
+template <bool kMoments8>
+__device__ __forceinline__ void store_moment(uint8_t* row, float* absmax, const Dynamic8& map,
+                                             const float (&value)[kQuad], uint32_t largest, int64_t col, int count,
+                                             bool wide) {
+  if (kMoments8 && absmax) {
+    const float scale = bits_float(largest);
+    if (count > 0 && col % kMomentBlock == 0) absmax[col / kMomentBlock] = scale;
+    store_four<1>(row + col, {{encode_moments_quad(map, value, inverse_step(scale))}}, count, wide);
+  } else {
+    store_four<4>(row + col * 4, pack(value, true), count, wide);
+  }
+}
+
+// Steps and encodes the four weights at `col`; the moments stay in `quad`. Not 0 if a bit of codes, absmax, master or
+// residual changed. Every lane of the workgroup takes part, also those past the row's end.
+template <Format kFormat, AdamMode kMode, bool kMoments8>
+__device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, const Row<kFormat, kMode>& row,
+                                                 const RowStep& row_step, const Nf4Tables& nf4, const Maps& maps,
+                                                 float grad_scale, int64_t col, int count, bool wide, AdamQuad& quad) {
+  constexpr bool kHasMaster = kMode == AdamMode::master, kHasResidual = kMode == AdamMode::residual;
+  const bool grad_f32 = args.grad_dtype == DType::f32, master_f32 = args.master_dtype == DType::f32;
+  const int64_t code_at = col * code_bits(kFormat) / 8;
+  [[maybe_unused]] Four master = {}, residuals = {};
+  uint64_t old_codes = 0;
+  [[maybe_unused]] typename ScaleOf<kFormat>::type old_scale = {};
+  const Four grad = load_floats(row.grad, col, grad_f32, count, wide);
+  const Moment exp_avg = Moment::load<kMoments8>(row.exp_avg, row.exp_avg_absmax, col, count, wide);
+  const Moment exp_avg_sq = Moment::load<kMoments8>(row.exp_avg_sq, row.exp_avg_sq_absmax, col, count, wide);
+  if constexpr (kHasMaster) master = load_floats(row.master, col, master_f32, count, wide);
+  if constexpr (kHasResidual) residuals = load_four<1>(row.residual + col, count, wide);
+  if (count > 0) {
+    old_codes = load_codes<kFormat>(row.codes + code_at);
+    if constexpr (kFormat != Format::bf16) old_scale = row.scales[col / kBlockSize];
+  }
+
+  float step = 1.0f, inverse = 1.0f, gradient[kQuad];
+  if constexpr (kHasMaster) {
+    unpack(master, master_f32, quad.weight);
+  } else {
+    if constexpr (kFormat != Format::bf16) step = BlockCodec<kFormat>::step(old_scale);
+    decode_quad<kFormat, kMode>(old_codes, residuals.word[0], step, nf4, quad.weight);
+  }
+  exp_avg.decode<kMoments8>(row.exp_avg_absmax, maps.exp_avg, quad.exp_avg);
+  exp_avg_sq.decode<kMoments8>(row.exp_avg_sq_absmax, maps.exp_avg_sq, quad.exp_avg_sq);
+  unpack(grad, grad_f32, gradient);
+  step_quad(row_step.scalars, grad_scale, gradient, count, quad);
+
+  uint32_t difference = 0;
+  if constexpr (kHasMaster) {
+    const Four rounded = pack(quad.weight, master_f32);
+    unpack(rounded, master_f32, quad.weight);  // the codes are a function of the master
+    for (int i = 0; i < 4; ++i) difference |= rounded.word[i] ^ master.word[i];
+    if (master_f32) {
+      store_four<4>(row.master + col * 4, rounded, count, wide);
+    } else {
+      store_four<2>(row.master + col * 2, rounded, count, wide);
+    }
+  }
+  if constexpr (kFormat != Format::bf16) {
+    const float absmax = bits_float(largest_of<kBlockLanes>(quad_magnitude(quad.weight)));
+    const auto scale = BlockCodec<kFormat>::make_scale(absmax);
+    step = BlockCodec<kFormat>::step(scale);
+    inverse = inverse_step(step);
+    if (count > 0 && col % kBlockSize == 0) {
+      difference |= scale_bits(scale) ^ scale_bits(old_scale);
+      row.scales[col / kBlockSize] = scale;
+    }
+  }
+  uint64_t codes;
+  if (!kHasMaster && !kHasResidual && args.stochastic) {
+    const Random4 random = random_quad(args.seed, row_step.step, row.first_element + col);
+    codes = encode_quad<kFormat>(quad.weight, inverse, &random, count);
+  } else {
+    codes = encode_quad<kFormat>(quad.weight, inverse, nullptr, count);
+  }
+  if (count > 0) {  // bytes past the row's end keep what they hold
+    const uint64_t flipped = (codes ^ old_codes) & quad_code_mask<kFormat>(count);
+    difference |= static_cast<uint32_t>(flipped | flipped >> 32);
+    store_codes<kFormat>(row.codes + code_at, old_codes ^ flipped);
+  }
+  if constexpr (kHasResidual || kMode == AdamMode::eco) {
+    const uint32_t kept = keep_error<kFormat, kMode>(row_step.scalars, codes, step, nf4, count, quad);
+    if constexpr (kHasResidual) {
+      store_four<1>(row.residual + col, {{kept}}, count, wide);
+      difference |= count > 0 ? (kept ^ residuals.word[0]) << (32 - 8 * count) : 0u;
+    }
+  }
+  return difference;
+}
+
+template <Format kFormat, AdamMode kMode, bool kMoments8>
+__global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs args, int rows_per_group, bool wide) {
+  __shared__ RowStep row_steps[kMaxRows];
+  __shared__ Nf4Tables nf4;
+  __shared__ Maps maps;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (args.found_inf && *args.found_inf != 0.0f) return;
+  if (is_nf4(kFormat) && thread < 16) {
+    nf4.value[thread] = kNf4.value[thread];
+    nf4.gap[thread] = kNf4.gap[thread];
+  }
+  if constexpr (kMoments8) {
+    for (int i = thread; i < 256; i += threads) {
+      maps.exp_avg.value[i] = kExpAvgMap.value[i];
+      maps.exp_avg_sq.value[i] = kExpAvgSqMap.value[i];
+      if (i == 255) continue;
+      maps.exp_avg.bound[i] = kExpAvgMap.bound[i];
+      maps.exp_avg_sq.bound[i] = kExpAvgSqMap.bound[i];
+    }
+  }
+  const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
+  const int64_t first = int64_t{blockIdx.x} * rows_per_group;
+  const int64_t left = args.num_rows - first;
+  const int rows = left < rows_per_group ? static_cast<int>(left) : rows_per_group;
+  if (thread < rows) {
+    RowStep prepared = {};
+    if (!args.active || args.active[first + thread]) {
+      prepared.step = args.step[first + thread] + 1;
+      prepared.scalars = adam_scalars(args.lr, args.beta1, args.beta2, args.eps, args.weight_decay, prepared.step);
+      args.step[first + thread] = prepared.step;  // nothing but this lane reads it
+    }
+    row_steps[thread] = prepared;
+  }
+  __syncthreads();
+  uint32_t difference = 0;
+  int turn = 0;
+  for (int r = 0; r < rows; ++r) {
+    if (row_steps[r].step == 0) continue;
+    const Row<kFormat, kMode> row(args, first + r);
+    for (int64_t start = 0; start < args.cols; start += int64_t{threads} * kQuad) {
+      const int64_t col = start + thread * kQuad;
+      const int count = static_cast<int>(col >= args.cols ? 0 : args.cols - col < kQuad ? args.cols - col : kQuad);
+      AdamQuad quad;
+      difference |= step_weights<kFormat, kMode, kMoments8>(args, row, row_steps[r], nf4, maps, grad_scale, col, count,
+                                                            wide, quad);
+      uint32_t largest[2] = {};
+      if constexpr (kMoments8) {
+        auto& halves = maps.largest[turn];
+        turn ^= 1;
+        const int half = thread / kHalf;
+        halves[0][half] = largest_of<kHalf>(quad_magnitude(quad.exp_avg));
+        halves[1][half] = largest_of<kHalf>(quad_magnitude(quad.exp_avg_sq));
+        __syncthreads();
+        for (int i = 0; i < 2; ++i) largest[i] = max(halves[i][half], halves[i][half ^ 1]);
+      }
+      store_moment<kMoments8>(row.exp_avg, row.exp_avg_absmax, maps.exp_avg, quad.exp_avg, largest[0], col, count,
+                              wide);
+      store_moment<kMoments8>(row.exp_avg_sq, row.exp_avg_sq_absmax, maps.exp_avg_sq, quad.exp_avg_sq, largest[1], col,
+                              count, wide);
+    }
+  }
+  if (args.changed && difference != 0) *args.changed = 1;
+}
+
+}  // namespace
+
+void masked_adam(const MaskedAdamArgs& args, void* stream) {
+  if (args.num_rows == 0) return;
+  int threads = kMinThreads;
+  while (threads < kMaxThreads && int64_t{threads} * kQuad < args.cols) threads *= 2;
+  const int64_t resident = int64_t{multiprocessors()} * kLanesPerUnit / threads;
+  const AdamGrid grid = adam_grid(args.num_rows, resident, kMaxRows, kMaxGridX);
+  with_adam_kernel(args, [&]<Format kFormat, AdamMode kMode, bool kMoments8>() {
+    launch("masked_adam", masked_adam_kernel<kFormat, kMode, kMoments8>, dim3(grid.groups),
+           dim3(static_cast<unsigned>(threads)), stream, args, grid.rows_per_group, rows_are_aligned(args));
+  });
+}
+
+}  // namespace usaf::gpu
