@@ -41,6 +41,10 @@ struct GpuBackend {
   static constexpr bool kHostMemory = false;
   static constexpr auto encode_rows = gpu::encode_rows;
   static constexpr auto decode_rows = gpu::decode_rows;
+  static constexpr auto sort_by_expert = gpu::sort_by_expert;
+  static constexpr auto permute_rows = gpu::permute_rows;
+  static constexpr auto combine_rows = gpu::combine_rows;
+  static constexpr auto combine_rows_backward = gpu::combine_rows_backward;
 
   class Guard {
    public:

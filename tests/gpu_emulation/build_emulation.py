@@ -12,17 +12,21 @@ CXX = os.environ.get("CXX", "g++")
 # Alignment is checked by the undefined-behaviour sanitizer, sizes by the address sanitizer.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
+EXPERT_STEMS = ("sort", "gather")
+
 _SOURCES = {
     "cuda": [HERE / "driver.cpp", REPO / "cuda/codec.cu"],
     "hip": [HERE / "driver.cpp", REPO / "hip/codec.hip"],
+    "expert_cuda": [HERE / "expert_driver.cpp", *(REPO / f"cuda/{stem}.cu" for stem in EXPERT_STEMS)],
+    "expert_hip": [HERE / "expert_driver.cpp", *(REPO / f"hip/{stem}.hip" for stem in EXPERT_STEMS)],
     "broken_cuda": [HERE / "broken_kernels.cpp"],
     "broken_hip": [HERE / "broken_kernels.cpp"],
 }
 
 
 def build_library(out: pathlib.Path, name: str, *, sanitize: bool = False, wave_size: int = 32) -> pathlib.Path:
-    """Compile `cuda`, `hip`, `broken_cuda` or `broken_hip` into a shared library under `out`."""
-    backend = name.removeprefix("broken_")
+    """Compile `cuda` or `hip`, plain or with the prefix `expert_` or `broken_`, into a shared library under `out`."""
+    backend = name.removeprefix("broken_").removeprefix("expert_")
     library = out / f"{name}{wave_size}{'_sanitized' if sanitize else ''}.so"
     command = [CXX, "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas", "-Wno-clobbered", f"-I{HERE}", f"-I{REPO / 'cpp'}", f"-I{REPO / backend}"]
