@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(Combine
 
 // A block takes a token, and four of its slots at a time.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm - 1)  // five packs in flight: 85 registers spill on sm_90
     combine_backward_kernel(CombineRowsBackwardArgs args, bool aligned) {
   __shared__ float part[kWarps][kInFlight];
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;

@@ -1,4 +1,5 @@
-"""The routing kernels of cuda/ and hip/, run on the CPU: against a numpy oracle and the CPU backend, under sanitizers too."""
+"""The routing kernels of cuda/ and hip/, run on the CPU: against a numpy oracle and the CPU backend, and under
+sanitizers."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import kernel_calls  # noqa: E402
+import kernel_calls
 
 STREAM = 0x5EED
 DTYPES = {"f32": 0, "bf16": 1, "f16": 2}

@@ -1,5 +1,5 @@
-// Test-only: the launchers of the expert ops by name, each with its argument struct, for ctypes. Linked with the emulator
-// and with the sources of cuda/ or of hip/ that define them.
+// Test-only: the launchers of the expert ops by name, each with its argument struct, for ctypes. Linked with the
+// emulator and with the sources of cuda/ or of hip/ that define them.
 #include <functional>
 #include <map>
 #include <stdexcept>

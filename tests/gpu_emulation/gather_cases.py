@@ -1,5 +1,5 @@
-"""The routing kernels' cases for the emulated device, with a numpy oracle: every move and every sum in a documented order
-bit for bit, dot products against float64.
+"""The routing kernels' cases for the emulated device, with a numpy oracle: every move and every sum in a documented
+order bit for bit, dot products against float64.
 
 Also a program: `python gather_cases.py LIBRARY` runs every case and exits non-zero on the first difference. It needs
 numpy alone, so it runs quickly under sanitizers.
@@ -7,6 +7,7 @@ numpy alone, so it runs quickly under sanitizers.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 
@@ -124,9 +125,7 @@ def check_moves(device: Device, case: Case, source: np.ndarray, inverse: np.ndar
     device.run("gather_rows", x=stored, source=source, out=out, **sizes)
     assert_same_bits(out, expected, "gathered")
     out[:] = 7
-    device.run(
-        "permute_rows", x=stored, source=source, inverse=inverse, out=out, num_tokens=case.num_tokens, **sizes
-    )
+    device.run("permute_rows", x=stored, source=source, inverse=inverse, out=out, num_tokens=case.num_tokens, **sizes)
     assert_same_bits(out, expected, "permuted")
 
 
@@ -194,8 +193,7 @@ def check_combine_backward(device: Device, case: Case, inverse: np.ndarray) -> N
 
 
 def check_scatter_add(device: Device, case: Case, offsets: np.ndarray, source: np.ndarray, inverse: np.ndarray) -> None:
-    """Rows added in ascending order, in fp32: all experts' in one call, then expert by expert without `inverse`, then in
-    two uneven groups: the same bits."""
+    """Rows added in ascending order, in fp32: in one call, in two groups, and expert by expert without `inverse`."""
     hidden, num_rows = case.hidden_size, int(offsets[-1])
     stored, rows = sample(case, 2, num_rows, hidden)
     stored_weights, weights = sample_weights(case)
@@ -205,12 +203,12 @@ def check_scatter_add(device: Device, case: Case, offsets: np.ndarray, source: n
         expected[source[row] // case.top_k] += weights.reshape(-1)[source[row]] * rows[row]
     distinct = all(
         np.unique(source[first:last] // max(case.top_k, 1)).size == last - first
-        for first, last in zip(offsets[:-1], offsets[1:])
+        for first, last in itertools.pairwise(offsets)
     )
     half = num_rows // 3
     groupings = [[(0, num_rows, True)], [(0, half, True), (half, num_rows, True)]]
     if distinct:
-        groupings.append([(int(first), int(last), False) for first, last in zip(offsets[:-1], offsets[1:])])
+        groupings.append([(int(first), int(last), False) for first, last in itertools.pairwise(offsets)])
     for grouping in groupings:
         out = start.copy()
         for first, last, mapped in grouping:

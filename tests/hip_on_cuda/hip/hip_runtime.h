@@ -26,4 +26,5 @@ template <class T>
 __device__ __forceinline__ T __shfl_up(T value, unsigned delta, int width = 32) {
   return __shfl_up_sync(0xffffffffu, value, delta, width);
 }
-__device__ __forceinline__ unsigned long long __ballot(int predicate) { return __ballot_sync(0xffffffffu, predicate); }
+// A macro: nvcc declares its own __ballot, of an older time.
+#define __ballot(predicate) static_cast<unsigned long long>(__ballot_sync(0xffffffffu, predicate))
