@@ -75,12 +75,20 @@ __device__ __forceinline__ uint4 load_pack(const T* row, int64_t col, int64_t co
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// load_pack for fp32 that the kernel itself writes.
-__device__ __forceinline__ uint4 load_plain_pack(const float* row, int64_t col, int64_t cols, bool aligned) {
-  if (aligned && col + 4 <= cols) return *reinterpret_cast<const uint4*>(row + col);
-  uint32_t words[4];
+// load_pack of memory that the kernel itself writes.
+template <class T>
+__device__ __forceinline__ uint4 load_plain_pack(const T* row, int64_t col, int64_t cols, bool aligned) {
+  if (aligned && col + kPack<T> <= cols) return *reinterpret_cast<const uint4*>(row + col);
+  uint32_t words[4] = {};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = col + i < cols ? float_bits(row[col + i]) : 0u;
+  for (int i = 0; i < kPack<T>; ++i) {
+    if (col + i >= cols) continue;
+    if constexpr (sizeof(T) == 4) {
+      words[i] = float_bits(row[col + i]);
+    } else {
+      words[i / 2] |= static_cast<uint32_t>(row[col + i].bits) << (i % 2 * 16);
+    }
+  }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -13,20 +12,17 @@ import pytest
 import torch
 from usaf_ext import ops
 
-HERE = pathlib.Path(__file__).parent / "gpu_emulation"
-sys.path.insert(0, str(HERE))
-build = importlib.import_module("build_emulation")
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "gpu_emulation"))
 calls = importlib.import_module("expert_calls")
 gather = importlib.import_module("gather_cases")
+targets = importlib.import_module("expert_targets")
 
-TARGETS = {"cuda": ("expert_cuda", 32), "hip_wave32": ("expert_hip", 32), "hip_wave64": ("expert_hip", 64)}
 TORCH_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
-@pytest.fixture(scope="module", params=TARGETS)
-def device(request, tmp_path_factory):
-    name, wave_size = TARGETS[request.param]
-    return calls.Device(str(build.build_library(tmp_path_factory.mktemp("emulated"), name, wave_size=wave_size)))
+@pytest.fixture(scope="module", params=targets.TARGETS)
+def device(request):
+    return targets.device(request.param)
 
 
 @pytest.mark.parametrize("case", gather.cases(), ids=str)
@@ -101,11 +97,8 @@ def test_failed_launch_is_an_error(device):
         gather.run_sort(device, index, 2)
 
 
-@pytest.mark.parametrize("target", ["cuda", "hip_wave32"])
-def test_under_sanitizers(target, tmp_path):
-    name, wave_size = TARGETS[target]
-    library = build.build_library(tmp_path, name, sanitize=True, wave_size=wave_size)
-    command = [sys.executable, gather.__file__, str(library)]
-    result = subprocess.run(command, env=build.sanitizer_environment(), capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("target", targets.SANITIZED_TARGETS)
+def test_under_sanitizers(target):
+    result = targets.run_sanitized(target, gather.__file__)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.strip() == f"{len(gather.cases())} cases"

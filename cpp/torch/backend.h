@@ -45,6 +45,8 @@ struct GpuBackend {
   static constexpr auto permute_rows = gpu::permute_rows;
   static constexpr auto combine_rows = gpu::combine_rows;
   static constexpr auto combine_rows_backward = gpu::combine_rows_backward;
+  static constexpr auto glu = gpu::glu;
+  static constexpr auto glu_backward = gpu::glu_backward;
 
   class Guard {
    public:

@@ -23,6 +23,8 @@ const std::map<std::string, Launch> launchers = {
     {"combine_rows", typed(usaf::gpu::combine_rows)},
     {"combine_rows_backward", typed(usaf::gpu::combine_rows_backward)},
     {"scatter_add_rows", typed(usaf::gpu::scatter_add_rows)},
+    {"glu", typed(usaf::gpu::glu)},
+    {"glu_backward", typed(usaf::gpu::glu_backward)},
 };
 
 }  // namespace
