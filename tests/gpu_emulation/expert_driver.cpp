@@ -25,6 +25,10 @@ const std::map<std::string, Launch> launchers = {
     {"scatter_add_rows", typed(usaf::gpu::scatter_add_rows)},
     {"glu", typed(usaf::gpu::glu)},
     {"glu_backward", typed(usaf::gpu::glu_backward)},
+    {"row_gradient", typed(usaf::gpu::row_gradient)},
+    {"row_importance", typed(usaf::gpu::row_importance)},
+    {"squares_of_rows", typed(usaf::gpu::squares_of_rows)},
+    {"router_uniform", typed(usaf::gpu::router_uniform)},
 };
 
 }  // namespace
