@@ -170,7 +170,7 @@ struct RowGradientArgs {
   const int32_t* offsets;        // [num_experts + 1]
   const int32_t* neuron_expert;  // [num_neurons], ascending
   const int32_t* neuron_index;   // [num_neurons]
-  void* grad;                    // [num_neurons, 3, hidden_size] of grad_dtype
+  void* grad;                    // [num_neurons, 3, hidden_size] of grad_dtype: f32 or bf16
   int64_t num_neurons, first_expert, num_experts, hidden_size, intermediate_size;
   DType dtype, grad_dtype;
 };

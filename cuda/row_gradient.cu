@@ -11,6 +11,7 @@
 // eight neurons.
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 #include "kernel_api.h"
 #include "launch.h"
@@ -254,8 +255,9 @@ bool operands_aligned(const Args& args, int64_t row_bytes) {
 
 void row_gradient(const RowGradientArgs& args, void* stream) {
   if (args.num_neurons == 0 || args.num_experts == 0 || args.hidden_size == 0) return;
+  if (args.grad_dtype == DType::f16) throw std::invalid_argument("grad: expected float32 or bfloat16");
   with_type(args.dtype, [&]<class T>(T) {
-    with_type(args.grad_dtype, [&]<class G>(G) {
+    const auto with_grad = [&]<class G>(G) {
       const int64_t row_bytes = args.hidden_size * int64_t{sizeof(T)};
       const int64_t stretches = (row_bytes + 16 * kTileThreads - 1) / (16 * kTileThreads);
       const int64_t per_expert = (args.num_neurons - 1) / (args.num_experts * kNeurons) + 1;
@@ -264,7 +266,8 @@ void row_gradient(const RowGradientArgs& args, void* stream) {
                       static_cast<unsigned>(std::min<int64_t>(per_expert, kMaxGroups)));
       launch("row_gradient", row_gradient_kernel<T, G>, grid, dim3(kTileThreads), stream, args,
              operands_aligned(args, row_bytes), aligned(args.grad, args.hidden_size * int64_t{sizeof(G)}));
-    });
+    };
+    args.grad_dtype == DType::f32 ? with_grad(float{}) : with_grad(Bf16{});
   });
 }
 

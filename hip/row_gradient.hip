@@ -12,6 +12,7 @@
 // four neurons.
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 #include "kernel_api.h"
 #include "launch.h"
@@ -25,7 +26,7 @@ constexpr int kGroup = 32;  // lanes of a wave's smallest size
 constexpr int kGroups = kTileThreads / kGroup;
 constexpr int kNeurons = 4;
 constexpr int kTokens = 64;     // whose coefficients are staged together
-constexpr int kInFlight = 4;    // tokens whose packs are on their way
+constexpr int kInFlight = 2;    // tokens whose packs are on their way
 constexpr int kMaxShares = 16;  // of an expert's neurons, in different workgroups
 
 struct alignas(16) Coefficients {
@@ -266,8 +267,9 @@ bool operands_aligned(const Args& a, int64_t row_bytes) {
 
 void row_gradient(const RowGradientArgs& a, void* stream) {
   if (a.num_neurons == 0 || a.num_experts == 0 || a.hidden_size == 0) return;
+  if (a.grad_dtype == DType::f16) throw std::invalid_argument("grad: expected float32 or bfloat16");
   with_type(a.dtype, [&]<class T>(T) {
-    with_type(a.grad_dtype, [&]<class G>(G) {
+    const auto with_grad = [&]<class G>(G) {
       const int64_t row_bytes = a.hidden_size * int64_t{sizeof(T)};
       const int64_t stretches = (row_bytes + 16 * kTileThreads - 1) / (16 * kTileThreads);
       const int64_t per_expert = (a.num_neurons - 1) / (a.num_experts * kNeurons) + 1;
@@ -278,7 +280,8 @@ void row_gradient(const RowGradientArgs& a, void* stream) {
              static_cast<const T*>(a.weighted_h), a.offsets, a.neuron_expert, a.neuron_index, static_cast<G*>(a.grad),
              a.num_neurons, a.first_expert, a.num_experts, a.hidden_size, a.intermediate_size,
              operands_aligned(a, row_bytes), aligned(a.grad, a.hidden_size * int64_t{sizeof(G)}));
-    });
+    };
+    a.grad_dtype == DType::f32 ? with_grad(float{}) : with_grad(Bf16{});
   });
 }
 

@@ -47,6 +47,9 @@ struct GpuBackend {
   static constexpr auto combine_rows_backward = gpu::combine_rows_backward;
   static constexpr auto glu = gpu::glu;
   static constexpr auto glu_backward = gpu::glu_backward;
+  static constexpr auto row_gradient = gpu::row_gradient;
+  static constexpr auto row_importance = gpu::row_importance;
+  static constexpr auto router_uniform = gpu::router_uniform;
 
   class Guard {
    public:

@@ -42,7 +42,7 @@ def cases() -> list[Case]:
         Case("f16", "f32", (6, 1, 32), 40, 11, 9, skew=1),
         Case("bf16", "f32", (0, 0), 8, 4, 2),
         Case("f32", "f32", (2, 3), 8, 4, 0),
-        Case("bf16", "f16", (3, 2), 24, 4, 4, first_expert=70_000),
+        Case("bf16", "f32", (3, 2), 24, 4, 4, first_expert=70_000),
     ]
 
 
