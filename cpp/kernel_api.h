@@ -44,14 +44,25 @@ struct DecodeRowsArgs {
   DType out_dtype;
 };
 
+// Chunks of at least 128 pairs, a multiple of a warp's, and at most 1024 of them: `counts` stays under 4 KB an expert.
+inline constexpr int64_t sort_chunk_pairs(int64_t num_pairs) {
+  const int64_t pairs = (num_pairs + 65535) / 65536 * 64;
+  return pairs < 128 ? 128 : pairs;
+}
+inline constexpr int64_t num_sort_chunks(int64_t num_pairs) {
+  return (num_pairs + sort_chunk_pairs(num_pairs) - 1) / sort_chunk_pairs(num_pairs);
+}
+
 // Stable counting sort of the (token, slot) pairs of index [num_tokens, top_k] by expert. index == num_experts means
 // "not here": such pairs are left out. offsets[e] .. offsets[e + 1] are expert e's positions in source;
 // source[p] = token * top_k + slot; inverse[token * top_k + slot] = p, or -1. source past offsets[num_experts] is -1.
+// `counts` is scratch of GPU backends, where a warp counts and places the pairs of one chunk, in order.
 struct SortByExpertArgs {
   const int64_t* index;  // [num_tokens, top_k], each in [0, num_experts]
   int32_t* offsets;      // [num_experts + 1]
   int32_t* source;       // [num_tokens * top_k]
   int32_t* inverse;      // [num_tokens * top_k]
+  int32_t* counts;       // [num_sort_chunks(num_tokens * top_k), num_experts], or null on the CPU
   int64_t num_tokens, top_k, num_experts;
 };
 
@@ -68,6 +79,7 @@ struct GatherRowsArgs {
 // pair owns become zeros.
 struct PermuteRowsArgs {
   const void* x;           // [num_tokens, hidden_size] of dtype
+  const int32_t* source;   // [num_rows]: -1 where no pair owns the row
   const int32_t* inverse;  // [num_tokens, top_k], each row of out at most once
   void* out;               // [num_rows, hidden_size] of dtype
   int64_t num_rows, num_tokens, top_k, hidden_size;
@@ -94,18 +106,22 @@ struct CombineRowsBackwardArgs {
   const void* weights;     // [num_tokens, top_k] of weights_dtype
   void* grad_permuted;     // [num_rows, hidden_size] of dtype
   void* grad_weights;      // [num_tokens, top_k] of weights_dtype
+  int32_t* source;         // [num_rows]: scratch of GPU backends, or null on the CPU
   int64_t num_rows, num_tokens, top_k, hidden_size;
   DType dtype, weights_dtype;
 };
 
 // out[source[p] / top_k] += weights[source[p]] * rows[p], in fp32, for p ascending. The expert layer's running combine:
 // called expert by expert, in ascending order, it gives the same bits whatever the grouping. weights null: ones.
+// A GPU finds the other rows of a token through `inverse`; null there promises that no token owns two of the rows (one
+// expert's, say). The CPU needs none.
 struct ScatterAddRowsArgs {
-  const void* rows;       // [num_rows, hidden_size] of dtype
-  const int32_t* source;  // [num_rows], none -1
-  const void* weights;    // [num_tokens, top_k] of weights_dtype, or null
-  float* out;             // [num_tokens, hidden_size]
-  int64_t num_rows, hidden_size, top_k;
+  const void* rows;        // [num_rows, hidden_size] of dtype
+  const int32_t* source;   // [num_rows], none -1
+  const int32_t* inverse;  // [num_tokens, top_k]: row p stands at first_row + p of the permuted order; or null
+  const void* weights;     // [num_tokens, top_k] of weights_dtype, or null
+  float* out;              // [num_tokens, hidden_size]
+  int64_t num_rows, first_row, hidden_size, top_k;
   DType dtype, weights_dtype;
 };
 
@@ -154,7 +170,7 @@ struct RowGradientArgs {
   const int32_t* offsets;        // [num_experts + 1]
   const int32_t* neuron_expert;  // [num_neurons], ascending
   const int32_t* neuron_index;   // [num_neurons]
-  void* grad;                    // [num_neurons, 3, hidden_size] of grad_dtype
+  void* grad;                    // [num_neurons, 3, hidden_size] of grad_dtype: f32 or bf16
   int64_t num_neurons, first_expert, num_experts, hidden_size, intermediate_size;
   DType dtype, grad_dtype;
 };

@@ -6,27 +6,19 @@
 // rows before it uses the first. NF4 decoding looks codes up in a shared table: 16 entries in 16 banks, so no two lanes
 // ever conflict. Bytes moved: per weight its own 2 or 4, and code_bytes + scale_bytes * num_blocks per row; the codec
 // is bandwidth-bound.
-#include <algorithm>
 #include <stdexcept>
 #include <type_traits>
 
 #include "kernel_api.h"
 #include "launch.h"
-#include "numerics/bfloat16.h"
 #include "numerics/block_codec.h"
-#include "numerics/float16.h"
+#include "pack.h"
 
 namespace usaf::gpu {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 3;  // up to 85 registers: left alone, ptxas stops at 64 for sm_120 and spills
 constexpr int kRowsInFlight = 4;
-constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int64_t kMaxGridX = 2147483647;
 
-template <class T>
-constexpr int kPack = 16 / sizeof(T);  // weights in one 16-byte access
 template <class T>
 constexpr int kLanes = kBlockSize / kPack<T>;  // lanes that share a block of weights
 
@@ -79,84 +71,6 @@ __device__ __forceinline__ constexpr int word_of(int i) {
 template <Format kFormat>
 __device__ __forceinline__ constexpr int shift_of(int i) {
   return is_nf4(kFormat) ? nf4_shift(i) : i * static_cast<int>(code_bits(kFormat)) % 32;
-}
-
-__device__ __forceinline__ void unpack(uint4 pack, float (&weight)[4], float) {
-  weight[0] = bits_float(pack.x), weight[1] = bits_float(pack.y);
-  weight[2] = bits_float(pack.z), weight[3] = bits_float(pack.w);
-}
-
-template <class T>
-__device__ __forceinline__ void unpack(uint4 pack, float (&weight)[8], T) {
-  const uint32_t words[4] = {pack.x, pack.y, pack.z, pack.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    weight[2 * i] = to_float(T{static_cast<uint16_t>(words[i])});
-    weight[2 * i + 1] = to_float(T{static_cast<uint16_t>(words[i] >> 16)});
-  }
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pair_bits(float low, float high) {
-  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
-}
-
-__device__ __forceinline__ uint4 repack(const float (&weight)[4], float) {
-  return make_uint4(float_bits(weight[0]), float_bits(weight[1]), float_bits(weight[2]), float_bits(weight[3]));
-}
-
-template <class T>
-__device__ __forceinline__ uint4 repack(const float (&weight)[8], T) {
-  return make_uint4(pair_bits<T>(weight[0], weight[1]), pair_bits<T>(weight[2], weight[3]),
-                    pair_bits<T>(weight[4], weight[5]), pair_bits<T>(weight[6], weight[7]));
-}
-
-// The pack at `col`; zeros past the row's end. `aligned`: rows start at multiples of 16 bytes.
-__device__ __forceinline__ uint4 load_pack(const float* row, int64_t col, int64_t cols, bool aligned) {
-  if (aligned && col + 4 <= cols) return __ldg(reinterpret_cast<const uint4*>(row + col));
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = col + i < cols ? float_bits(__ldg(row + col + i)) : 0u;
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-template <class T>
-__device__ __forceinline__ uint4 load_pack(const T* row, int64_t col, int64_t cols, bool aligned) {
-  if (aligned && col + 8 <= cols) return __ldg(reinterpret_cast<const uint4*>(row + col));
-  const auto* bits = reinterpret_cast<const unsigned short*>(row);
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t low = col + 2 * i < cols ? __ldg(bits + col + 2 * i) : 0u;
-    const uint32_t high = col + 2 * i + 1 < cols ? __ldg(bits + col + 2 * i + 1) : 0u;
-    words[i] = low | high << 16;
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-__device__ __forceinline__ void store_pack(float* row, int64_t col, int64_t cols, bool aligned, uint4 pack) {
-  if (aligned && col + 4 <= cols) {
-    *reinterpret_cast<uint4*>(row + col) = pack;
-    return;
-  }
-  const uint32_t words[4] = {pack.x, pack.y, pack.z, pack.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (col + i < cols) row[col + i] = bits_float(words[i]);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_pack(T* row, int64_t col, int64_t cols, bool aligned, uint4 pack) {
-  if (aligned && col + 8 <= cols) {
-    *reinterpret_cast<uint4*>(row + col) = pack;
-    return;
-  }
-  const uint32_t words[4] = {pack.x, pack.y, pack.z, pack.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (col + i < cols) row[col + i] = T{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))};
-  }
 }
 
 __device__ __forceinline__ int64_t indexed(const int64_t* index, int64_t row) {
@@ -299,26 +213,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_kernel(DecodeRo
   }
 }
 
-struct LaunchShape {
-  dim3 grid, block;
-};
-
-// Blocks as wide as the row, up to all threads; what is left of the threads goes to more rows.
-LaunchShape launch_shape(int64_t num_rows, int64_t packs) {
-  int width = 16;  // a warp's lanes must hold whole blocks of weights
-  while (width < kThreads && width < packs) width *= 2;
-  const int height = kThreads / width;
-  const int64_t grid_x = (packs + width - 1) / width;
-  const int64_t grid_y = (num_rows + height * kRowsInFlight - 1) / (height * kRowsInFlight);
-  if (grid_x > kMaxGridX) throw std::invalid_argument("cols: a row is too long for the GPU codec");
-  return {dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(std::min(grid_y, kMaxGridY))),
-          dim3(static_cast<unsigned>(width), static_cast<unsigned>(height))};
-}
-
-bool aligned(const void* pointer, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
-}
-
 void check_codes(const uint8_t* codes) {
   if (!aligned(codes, 0)) throw std::invalid_argument("codes: expected an address that is a multiple of 16");
 }
@@ -327,14 +221,14 @@ template <Format kFormat, class T>
 void launch_encode(const EncodeRowsArgs& args, void* stream) {
   // Every byte of the codes is written, so the padding counts as weights.
   const int64_t padded = code_bytes(kFormat, args.cols) * 8 / code_bits(kFormat);
-  const LaunchShape shape = launch_shape(args.num_rows, (padded + kPack<T> - 1) / kPack<T>);
+  const LaunchShape shape = launch_shape(kRowsInFlight, args.num_rows, (padded + kPack<T> - 1) / kPack<T>);
   const bool wide = aligned(args.weight, args.weight_stride * int64_t{sizeof(T)});
   launch("encode_rows", encode_kernel<kFormat, T>, shape.grid, shape.block, stream, args, wide);
 }
 
 template <Format kFormat, class T>
 void launch_decode(const DecodeRowsArgs& args, void* stream) {
-  const LaunchShape shape = launch_shape(args.num_rows, (args.cols + kPack<T> - 1) / kPack<T>);
+  const LaunchShape shape = launch_shape(kRowsInFlight, args.num_rows, (args.cols + kPack<T> - 1) / kPack<T>);
   const bool wide = aligned(args.out, args.out_stride * int64_t{sizeof(T)});
   launch("decode_rows", decode_kernel<kFormat, T>, shape.grid, shape.block, stream, args, wide);
 }

@@ -7,107 +7,18 @@
 // entries lie in 16 banks: no conflicts. A block's absmax is found among its 16 or 8 neighbouring lanes.
 // Bytes moved: per weight its own 2 or 4, and code_bytes + scale_bytes * num_blocks per row; the codec is
 // bandwidth-bound.
-#include <algorithm>
 #include <stdexcept>
 #include <type_traits>
 
 #include "kernel_api.h"
 #include "launch.h"
-#include "numerics/bfloat16.h"
 #include "numerics/block_codec.h"
-#include "numerics/float16.h"
+#include "pack.h"
 
 namespace usaf::gpu {
 namespace {
 
-constexpr int kMaxThreads = 256;
-constexpr int kMinThreads = 64;                                      // a whole wave on every chip
-constexpr int kRows = 4;                                             // rows of a workgroup, all in flight
-constexpr int64_t kMaxGridX = (int64_t{1} << 32) / kMaxThreads - 1;  // a grid has under 2^32 threads
-
-template <class T>
-struct Layout {
-  static constexpr int kPack = 16 / sizeof(T);       // weights a lane holds
-  static constexpr int kLanes = kBlockSize / kPack;  // lanes that share a block of weights
-};
-
-struct alignas(16) Pack {
-  uint32_t word[4];
-};
-
-// One 16-byte access. As a single integer: a struct of words would be taken apart and merged with the tail's accesses.
-using Wide = unsigned __int128;
-
-__device__ __forceinline__ Pack load_wide(const void* source) {
-  const Wide raw = *static_cast<const Wide*>(source);
-  return {{static_cast<uint32_t>(raw), static_cast<uint32_t>(raw >> 32), static_cast<uint32_t>(raw >> 64),
-           static_cast<uint32_t>(raw >> 96)}};
-}
-
-__device__ __forceinline__ void store_wide(void* target, const Pack& pack) {
-  *static_cast<Wide*>(target) =
-      Wide{pack.word[3]} << 96 | Wide{pack.word[2]} << 64 | Wide{pack.word[1]} << 32 | Wide{pack.word[0]};
-}
-
-// Weight `i` of a pack, as fp32.
-template <class T>
-__device__ __forceinline__ float weight_of(const Pack& pack, int i) {
-  if constexpr (sizeof(T) == 4) {
-    return bits_float(pack.word[i]);
-  } else if constexpr (std::is_same_v<T, Bf16>) {
-    return bits_float(i % 2 == 0 ? pack.word[i / 2] << 16 : pack.word[i / 2] & 0xffff0000u);
-  } else {
-    return to_float(T{static_cast<uint16_t>(pack.word[i / 2] >> (i % 2 * 16))});
-  }
-}
-
-// Word `i` of the pack that holds `weight`.
-template <class T>
-__device__ __forceinline__ uint32_t packed_word(const float (&weight)[Layout<T>::kPack], int i) {
-  if constexpr (sizeof(T) == 4) {
-    return float_bits(weight[i]);
-  } else {
-    return static_cast<uint32_t>(from_float<T>(weight[2 * i + 1]).bits) << 16 | from_float<T>(weight[2 * i]).bits;
-  }
-}
-
-// The pack at `col`, zeros past the row's end. A pack that does not end in the row, or starts at an odd address, is put
-// together weight by weight.
-template <class T>
-__device__ __forceinline__ Pack load_weights(const T* __restrict__ row, int64_t col, int64_t cols, bool aligned) {
-  constexpr int kPack = Layout<T>::kPack;
-  if (aligned && col + kPack <= cols) return load_wide(row + col);
-  Pack pack = {};
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    if (col + i >= cols) continue;
-    if constexpr (sizeof(T) == 4) {
-      pack.word[i] = float_bits(row[col + i]);
-    } else {
-      pack.word[i / 2] |= static_cast<uint32_t>(row[col + i].bits) << (i % 2 * 16);
-    }
-  }
-  return pack;
-}
-
-template <class T>
-__device__ __forceinline__ void store_weights(T* __restrict__ row, int64_t col, int64_t cols, bool aligned,
-                                              const Pack& pack) {
-  constexpr int kPack = Layout<T>::kPack;
-  if (aligned && col + kPack <= cols) {
-    store_wide(row + col, pack);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    if (col + i >= cols) continue;
-    if constexpr (sizeof(T) == 4) {
-      row[col + i] = bits_float(pack.word[i]);
-    } else {
-      row[col + i] = T{static_cast<uint16_t>(pack.word[i / 2] >> (i % 2 * 16))};
-    }
-  }
-}
+constexpr int kRows = 4;  // rows of a workgroup, all in flight
 
 // The codes of a pack: the first kBytes bytes of the words.
 template <Format kFormat, class T>
@@ -286,23 +197,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-struct LaunchShape {
-  dim3 grid, block;
-};
-
-LaunchShape launch_shape(int64_t num_rows, int64_t packs) {
-  int threads = kMinThreads;
-  while (threads < kMaxThreads && threads < packs) threads *= 2;
-  const int64_t grid_x = (packs + threads - 1) / threads, grid_y = (num_rows + kRows - 1) / kRows;
-  if (grid_x > kMaxGridX) throw std::invalid_argument("cols: a row is too long for the GPU codec");
-  return {dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(std::min(grid_y, kMaxGridY))),
-          dim3(static_cast<unsigned>(threads))};
-}
-
-bool aligned(const void* pointer, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
-}
-
 void check_codes(const uint8_t* codes) {
   if (!aligned(codes, 0)) throw std::invalid_argument("codes: expected an address that is a multiple of 16");
 }
@@ -311,7 +205,7 @@ template <Format kFormat, class T>
 void launch_encode(const EncodeRowsArgs& a, void* stream) {
   // Every byte of the codes is written, so the padding counts as weights.
   const int64_t padded = code_bytes(kFormat, a.cols) * 8 / code_bits(kFormat);
-  const LaunchShape shape = launch_shape(a.num_rows, (padded + Layout<T>::kPack - 1) / Layout<T>::kPack);
+  const LaunchShape shape = launch_shape(kRows, a.num_rows, (padded + Layout<T>::kPack - 1) / Layout<T>::kPack);
   const bool wide = aligned(a.weight, a.weight_stride * int64_t{sizeof(T)});
   launch("encode_rows", encode_kernel<kFormat, T>, shape.grid, shape.block, stream, static_cast<const T*>(a.weight),
          a.codes, static_cast<typename ScaleOf<kFormat>::type*>(a.absmax), a.row_index, a.num_rows, a.cols,
@@ -320,7 +214,7 @@ void launch_encode(const EncodeRowsArgs& a, void* stream) {
 
 template <Format kFormat, class T>
 void launch_decode(const DecodeRowsArgs& a, void* stream) {
-  const LaunchShape shape = launch_shape(a.num_rows, (a.cols + Layout<T>::kPack - 1) / Layout<T>::kPack);
+  const LaunchShape shape = launch_shape(kRows, a.num_rows, (a.cols + Layout<T>::kPack - 1) / Layout<T>::kPack);
   const bool wide = aligned(a.out, a.out_stride * int64_t{sizeof(T)});
   launch("decode_rows", decode_kernel<kFormat, T>, shape.grid, shape.block, stream, a.codes,
          static_cast<const typename ScaleOf<kFormat>::type*>(a.absmax), static_cast<T*>(a.out), a.row_index,

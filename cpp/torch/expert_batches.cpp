@@ -51,7 +51,7 @@ Routing::Routing(const Tensor& index, int64_t num_experts)
       top_k_(index.size(1)) {
   cpu::sort_by_expert(
       {index.const_data_ptr<int64_t>(), offsets_.mutable_data_ptr<int32_t>(), source_.mutable_data_ptr<int32_t>(),
-       inverse_.mutable_data_ptr<int32_t>(), index.size(0), top_k_, num_experts},
+       inverse_.mutable_data_ptr<int32_t>(), nullptr, index.size(0), top_k_, num_experts},
       nullptr);
   const int32_t* offsets = offsets_.const_data_ptr<int32_t>();
   for (int64_t expert = 0; expert < num_experts; ++expert) tokens_.push_back(offsets[expert + 1] - offsets[expert]);

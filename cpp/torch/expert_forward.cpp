@@ -50,8 +50,8 @@ class MmForward {
               layer_.dtype()},
              nullptr);
     at::mm_out(y, h, w_down);
-    cpu::scatter_add_rows({y.const_data_ptr(), routing.pairs(expert), batch.weights.const_data_ptr(),
-                           out.mutable_data_ptr<float>(), n, y.size(1), routing.top_k(), layer_.dtype(), DType::f32},
+    cpu::scatter_add_rows({y.const_data_ptr(), routing.pairs(expert), nullptr, batch.weights.const_data_ptr(),
+                           out.mutable_data_ptr<float>(), n, 0, y.size(1), routing.top_k(), layer_.dtype(), DType::f32},
                           nullptr);
   }
 

@@ -18,6 +18,14 @@ namespace {
 
 using at::Tensor;
 
+// int32 scratch of the GPU kernels; undefined for the CPU, whose kernels take null.
+template <class Backend>
+Tensor scratch(int64_t count, const Tensor& like) {
+  return Backend::kHostMemory ? Tensor() : at::empty({count}, like.options().dtype(at::kInt));
+}
+
+int32_t* int32_or_null(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<int32_t>() : nullptr; }
+
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> expert_gather(const Tensor& x_in, const Tensor& index_in, int64_t num_experts) {
   const DType dtype = check_float(x_in, "x");
@@ -36,12 +44,13 @@ std::tuple<Tensor, Tensor, Tensor> expert_gather(const Tensor& x_in, const Tenso
   const auto int32 = x.options().dtype(at::kInt);
   Tensor offsets = at::empty({num_experts + 1}, int32), source = at::empty({num_rows}, int32);
   Tensor inverse = at::empty({num_tokens, top_k}, int32), permuted = at::empty({num_rows, x.size(1)}, x.options());
+  const Tensor counts = scratch<Backend>(num_sort_chunks(num_rows) * num_experts, x);
   Backend::sort_by_expert(
       {index.const_data_ptr<int64_t>(), offsets.mutable_data_ptr<int32_t>(), source.mutable_data_ptr<int32_t>(),
-       inverse.mutable_data_ptr<int32_t>(), num_tokens, top_k, num_experts},
+       inverse.mutable_data_ptr<int32_t>(), int32_or_null(counts), num_tokens, top_k, num_experts},
       guard.stream());
-  Backend::permute_rows({x.const_data_ptr(), inverse.const_data_ptr<int32_t>(), permuted.mutable_data_ptr(), num_rows,
-                         num_tokens, top_k, x.size(1), dtype},
+  Backend::permute_rows({x.const_data_ptr(), source.const_data_ptr<int32_t>(), inverse.const_data_ptr<int32_t>(),
+                         permuted.mutable_data_ptr(), num_rows, num_tokens, top_k, x.size(1), dtype},
                         guard.stream());
   return {permuted, offsets, inverse};
 }
@@ -99,21 +108,28 @@ std::tuple<Tensor, Tensor> expert_scatter_backward(const Tensor& grad_out_in, co
   const Tensor weights = weights_in.has_value() ? weights_in->contiguous()
                                                 : at::ones(inverse.sizes(), permuted.options().dtype(at::kFloat));
   Tensor grad_permuted = at::empty_like(permuted), grad_weights = at::empty_like(weights);
+  const Tensor source = scratch<Backend>(permuted.size(0), permuted);
   Backend::combine_rows_backward(
       {grad_out.const_data_ptr(), permuted.const_data_ptr(), inverse.const_data_ptr<int32_t>(),
-       weights.const_data_ptr(), grad_permuted.mutable_data_ptr(), grad_weights.mutable_data_ptr(), permuted.size(0),
-       inverse.size(0), inverse.size(1), permuted.size(1), check_float(permuted, "permuted"),
-       check_float(weights, "weights")},
+       weights.const_data_ptr(), grad_permuted.mutable_data_ptr(), grad_weights.mutable_data_ptr(),
+       int32_or_null(source), permuted.size(0), inverse.size(0), inverse.size(1), permuted.size(1),
+       check_float(permuted, "permuted"), check_float(weights, "weights")},
       guard.stream());
   return {grad_permuted, grad_weights};
 }
 
+template <class Backend>
+void register_gather(torch::Library& m) {
+  m.impl("expert_gather", &expert_gather<Backend>);
+  m.impl("expert_scatter", &expert_scatter<Backend>);
+  m.impl("expert_scatter_backward", &expert_scatter_backward<Backend>);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(usaf, CPU, m) {
-  m.impl("expert_gather", &expert_gather<CpuBackend>);
-  m.impl("expert_scatter", &expert_scatter<CpuBackend>);
-  m.impl("expert_scatter_backward", &expert_scatter_backward<CpuBackend>);
-}
+TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_gather<CpuBackend>(m); }
+#ifdef USAF_WITH_GPU
+TORCH_LIBRARY_IMPL(usaf, CUDA, m) { register_gather<GpuBackend>(m); }
+#endif
 
 }  // namespace usaf

@@ -73,11 +73,17 @@ std::tuple<Tensor, Tensor, Tensor> glu_backward(const Tensor& grad_h_in, const T
   return {grad_gate_up, weighted_h, grad_row_weight};
 }
 
+template <class Backend>
+void register_glu(torch::Library& m) {
+  m.impl("glu", &glu<Backend>);
+  m.impl("glu_backward", &glu_backward<Backend>);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(usaf, CPU, m) {
-  m.impl("glu", &glu<CpuBackend>);
-  m.impl("glu_backward", &glu_backward<CpuBackend>);
-}
+TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_glu<CpuBackend>(m); }
+#ifdef USAF_WITH_GPU
+TORCH_LIBRARY_IMPL(usaf, CUDA, m) { register_glu<GpuBackend>(m); }
+#endif
 
 }  // namespace usaf

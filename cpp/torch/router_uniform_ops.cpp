@@ -34,5 +34,8 @@ void router_uniform_(const at::Tensor& out, int64_t seed, int64_t step, int64_t 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(usaf, CPU, m) { m.impl("router_uniform_", &router_uniform_<CpuBackend>); }
+#ifdef USAF_WITH_GPU
+TORCH_LIBRARY_IMPL(usaf, CUDA, m) { m.impl("router_uniform_", &router_uniform_<GpuBackend>); }
+#endif
 
 }  // namespace usaf

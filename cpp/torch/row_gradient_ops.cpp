@@ -108,11 +108,17 @@ void row_importance_(const Tensor& importance, const Tensor& x, const Tensor& gr
       guard.stream());
 }
 
+template <class Backend>
+void register_row_gradient(torch::Library& m) {
+  m.impl("row_gradient_", &row_gradient_<Backend>);
+  m.impl("row_importance_", &row_importance_<Backend>);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(usaf, CPU, m) {
-  m.impl("row_gradient_", &row_gradient_<CpuBackend>);
-  m.impl("row_importance_", &row_importance_<CpuBackend>);
-}
+TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_row_gradient<CpuBackend>(m); }
+#ifdef USAF_WITH_GPU
+TORCH_LIBRARY_IMPL(usaf, CUDA, m) { register_row_gradient<GpuBackend>(m); }
+#endif
 
 }  // namespace usaf

@@ -12,11 +12,23 @@ CXX = os.environ.get("CXX", "g++")
 # Alignment is checked by the undefined-behaviour sanitizer, sizes by the address sanitizer.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
+EXPERT_STEMS = ("sort", "gather", "glu", "row_gradient", "router_uniform")
+
 _SOURCES = {
     "cuda": [HERE / "driver.cpp", HERE / "codec_driver.cpp", REPO / "cuda/codec.cu"],
     "hip": [HERE / "driver.cpp", HERE / "codec_driver.cpp", REPO / "hip/codec.hip"],
     "adam_cuda": [HERE / "driver.cpp", HERE / "adam_driver.cpp", REPO / "cuda/masked_adam.cu"],
     "adam_hip": [HERE / "driver.cpp", HERE / "adam_driver.cpp", REPO / "hip/masked_adam.hip"],
+    "expert_cuda": [
+        HERE / "driver.cpp",
+        HERE / "expert_driver.cpp",
+        *(REPO / f"cuda/{stem}.cu" for stem in EXPERT_STEMS),
+    ],
+    "expert_hip": [
+        HERE / "driver.cpp",
+        HERE / "expert_driver.cpp",
+        *(REPO / f"hip/{stem}.hip" for stem in EXPERT_STEMS),
+    ],
     "broken_cuda": [HERE / "broken_kernels.cpp"],
     "broken_hip": [HERE / "broken_kernels.cpp"],
 }

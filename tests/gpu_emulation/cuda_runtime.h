@@ -40,6 +40,10 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
 inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site = emulator::Site::current()) {
   return static_cast<unsigned>(emulator::ballot(mask, predicate != 0, site));
 }
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value, emulator::Site site = emulator::Site::current()) {
+  return static_cast<unsigned>(emulator::match(mask, value, site));
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Site site = emulator::Site::current()) {
   emulator::collect(mask, 0, site);
 }

@@ -99,6 +99,17 @@ inline uint64_t ballot(uint64_t mask, bool predicate, Site site) {
   return result;
 }
 
+// The lanes of the mask whose value equals the caller's.
+template <class T>
+uint64_t match(uint64_t mask, T value, Site site) {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0, result = 0;
+  memcpy(&bits, &value, sizeof value);
+  const uint64_t* values = collect(mask, bits, site);
+  for (int i = 0; i < warp_size(); ++i) result |= uint64_t{(mask >> i & 1) != 0 && values[i] == bits} << i;
+  return result;
+}
+
 }  // namespace emulator
 
 #define __global__
@@ -113,5 +124,8 @@ inline uint64_t ballot(uint64_t mask, bool predicate, Site site) {
 #define blockIdx (emulator::position().block_index)
 #define blockDim (emulator::position().block)
 #define gridDim (emulator::position().grid)
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline void __syncthreads(emulator::Site site = emulator::Site::current()) { emulator::barrier(site); }

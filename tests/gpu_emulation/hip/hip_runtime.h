@@ -19,6 +19,9 @@ inline hipError_t hipDeviceGetAttribute(int* value, hipDeviceAttribute_t, int) {
   emulator::launch((grid), (block), (shared_bytes), (stream), EMULATED_WAVE_SIZE, [&] { kernel(__VA_ARGS__); })
 #define HIP_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emulator::position().dynamic_shared);
 
+inline constexpr int warpSize = EMULATED_WAVE_SIZE;
+inline void __threadfence_block() {}  // one OS thread: memory is in order
+
 template <class T>
 T __shfl(T value, int source, int width = EMULATED_WAVE_SIZE, emulator::Site site = emulator::Site::current()) {
   return emulator::shuffle(emulator::full_mask(), value, emulator::indexed_lane(source, width), site);

@@ -24,3 +24,13 @@ template <class T>
 __device__ __forceinline__ T __shfl_xor(T value, int bits, int width = 32) {
   return __shfl_xor_sync(0xffffffffu, value, bits, width);
 }
+template <class T>
+__device__ __forceinline__ T __shfl(T value, int source, int width = 32) {
+  return __shfl_sync(0xffffffffu, value, source, width);
+}
+template <class T>
+__device__ __forceinline__ T __shfl_up(T value, unsigned delta, int width = 32) {
+  return __shfl_up_sync(0xffffffffu, value, delta, width);
+}
+// A macro: nvcc declares its own __ballot, of an older time.
+#define __ballot(predicate) static_cast<unsigned long long>(__ballot_sync(0xffffffffu, predicate))
