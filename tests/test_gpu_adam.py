@@ -75,6 +75,7 @@ def test_every_bit_equals_the_cpu_backend(library, format, kind):
             active = inputs.get("active", np.ones(case.rows, bool))
             np.testing.assert_array_equal(left["step"], state["step"] + active)
             state = left
+        adam.check_orders(library, case)
 
 
 def test_cases_reach_what_they_should():

@@ -133,20 +133,24 @@ def run_step(library: codec.Library, case: Case, state: State, inputs: State) ->
 
 
 def run_case(library: codec.Library, case: Case) -> list[State]:
-    """The states after each of STEPS steps, the last of which is run in four orders of the threads."""
+    """The states after each of STEPS steps."""
     states = [make_state(case)]
     for step in range(STEPS):
-        inputs = make_inputs(case, step)
-        states.append(run_step(library, case, states[-1], inputs))
+        states.append(run_step(library, case, states[-1], make_inputs(case, step)))
+    return states[1:]
+
+
+def check_orders(library: codec.Library, case: Case) -> None:
+    """The first step leaves the same bits in three orders of the threads."""
+    state, inputs = make_state(case), make_inputs(case, 0)
+    first = run_step(library, case, state, inputs)
     try:
-        for schedule in (1, 9, codec.WHOLE_WARPS):
+        for schedule in (9, codec.WHOLE_WARPS):
             library.native.set_schedule(schedule)
-            again = run_step(library, case, states[-2], inputs)
-            for name, value in again.items():
-                np.testing.assert_array_equal(value, states[-1][name], err_msg=f"{case} {name}, schedule {schedule}")
+            for name, value in run_step(library, case, state, inputs).items():
+                np.testing.assert_array_equal(value, first[name], err_msg=f"{case} {name}, schedule {schedule}")
     finally:
         library.native.set_schedule(0)
-    return states[1:]
 
 
 def all_cases() -> Iterator[Case]:
