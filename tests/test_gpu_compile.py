@@ -49,7 +49,9 @@ def compile_cuda(nvcc: str, source: pathlib.Path, arch: int, folder: pathlib.Pat
     folder.mkdir()
     command = [nvcc, "-std=c++20", "-O3", "-fmad=false", f"-I{REPO / 'cpp'}", f"-I{source.parent}"]
     command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra"]
-    command += ["-Werror=all-warnings", "--keep", "-c", str(source), "-o", "out.o"]
+    # The host's part is the same for all chips.
+    command += ["-Werror=all-warnings", "--keep", "-c" if arch == CUDA_ARCHS[-1] else "-cubin"]
+    command += [str(source), "-o", "out.o"]
     report = run(command, folder)
     (ptx,) = folder.glob("*.ptx")
     return report, ptx.read_text()
@@ -68,7 +70,7 @@ def compile_hip(hipcc: str, source: pathlib.Path, folder: pathlib.Path) -> dict[
     """The assembly of each chip, kept from the compilation of the very object that a build links."""
     command = [hipcc, "-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror"]
     command += [f"-I{REPO / 'cpp'}", f"-I{source.parent}", *(f"--offload-arch={arch}" for arch in HIP_ARCHS)]
-    run([*command, "-save-temps", "-c", str(source), "-o", "out.o"], folder)
+    run([*command, "-save-temps", "-c", str(source), "-o", f"{source.stem}.o"], folder)
     return {arch: next(folder.glob(f"{source.stem}*{arch}*.s")).read_text() for arch in HIP_ARCHS}
 
 
@@ -76,7 +78,8 @@ def compile_hip(hipcc: str, source: pathlib.Path, folder: pathlib.Path) -> dict[
 def hip(tmp_path_factory):
     hipcc = compiler("hipcc")
     folder = tmp_path_factory.mktemp("hip")
-    return {source: compile_hip(hipcc, source, folder) for source in HIP_SOURCES}
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(HIP_SOURCES, pool.map(lambda source: compile_hip(hipcc, source, folder), HIP_SOURCES)))
 
 
 def hip_kernels(assembly: str) -> dict[str, list[str]]:
