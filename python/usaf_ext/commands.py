@@ -27,6 +27,13 @@ def _load(arguments: argparse.Namespace):
     )
 
 
+def _gpu_ops() -> list[str]:
+    """Ops of this build with a kernel under torch's CUDA key, which ROCm shares."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("usaf::")]
+    on_gpu = [name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
+    return sorted(name.removeprefix("usaf::") for name in on_gpu)
+
+
 def info(arguments: argparse.Namespace) -> int:
     """Backends, devices, threads and versions; with --check, a self-test of each device (exit code 1 if one fails)."""
     rows = [("usaf_ext", f"{__version__}, built for torch {_C.TORCH_VERSION}")]
@@ -39,7 +46,7 @@ def info(arguments: argparse.Namespace) -> int:
     capability = torch.backends.cpu.get_cpu_capability()
     rows.append(("cpu backend", f"all ops; {torch.get_num_threads()} threads, torch uses {capability}"))
     gpu = _C.GPU_BACKEND
-    rows.append(("gpu backend", f"{gpu}: quantize_blocks, dequantize_blocks, quantize_rows_" if gpu else "not built"))
+    rows.append(("gpu backend", f"{gpu}: {', '.join(_gpu_ops())}" if gpu else "not built"))
     if gpu and torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
