@@ -26,8 +26,8 @@ class ExpertSweep {
 
   // Tickets for `layer`, covering at least `experts` (ascending). Uses what an earlier call queued for this layer if it
   // covers them; otherwise gives that up and queues anew. Then queues the next layers of the sweep: all of their
-  // experts going up if `dense` (so many tokens that all will be hit), the ones they used last coming down. In a
-  // training forward it queues as many layers as the slots hold, else one.
+  // experts going up if `dense` (so many tokens that all will be hit), the ones they used last coming down. A
+  // training step's sweeps queue as many layers as the slots hold, inference one.
   std::vector<ExpertPager::Ticket> begin(int64_t layer, const std::vector<int64_t>& experts, bool dense, Phase phase);
 
   // Calls `body(page, expert)` for each of `routed` (ascending) in order, with its page in a slot, and has what it

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,22 +173,17 @@ def _paged_layer(device: torch.device) -> Outputs:
 
 def checks() -> list[Check]:
     """All checks, in the order of the table."""
-    found = [Check(f"codec {f}", lambda d, f=f: _codec(f, d), True) for f in _C.FORMATS]  # type: ignore[misc]
+    found = [Check(f"codec {format}", partial(_codec, format), True) for format in _C.FORMATS]
     found.append(Check("residual nf4", _residual, True))
     for format in ("nf4", "int8"):
         for mode in ("master", "residual", "eco", "in_place"):
             stochastic = mode in ("eco", "in_place")
             for moments in ("fp32", "8bit"):
-                found.append(
-                    Check(
-                        f"masked_adam {mode} {format} {moments} moments",
-                        lambda d, m=mode, f=format, b=moments, s=stochastic: _adam(m, f, b, s, d),  # type: ignore[misc]
-                        True,
-                    )
-                )
+                run = partial(_adam, mode, format, moments, stochastic)
+                found.append(Check(f"masked_adam {mode} {format} {moments} moments", run, True))
     found.append(Check("gather, scatter, backward", _gather_and_scatter, False))
     for activation in ("silu", "gelu_tanh", "swiglu_clamped"):
-        found.append(Check(f"glu {activation}", lambda d, a=activation: _glu(a, d), False))  # type: ignore[misc]
+        found.append(Check(f"glu {activation}", partial(_glu, activation), False))
     found.append(Check("row gradient, importance", _row_gradients, False))
     found.append(Check("router noise", _router_noise, True))
     found.append(Check("paged expert layer", _paged_layer, False))
