@@ -34,26 +34,20 @@ _SOURCES = {
 }
 
 
+def compile_flags(backend: str, wave_size: int = 32) -> list[str]:
+    """For the kernels of "cuda" or "hip" as host C++ over the emulator."""
+    flags = ["-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+    flags += [f"-I{HERE}", f"-I{REPO / 'cpp'}", f"-I{REPO / backend}"]
+    flags += ["-DUSAF_MAX_GRID_Y=2"]  # small grids: the kernels' row loops run too
+    return [*flags, f"-DEMULATED_WAVE_SIZE={wave_size}", *(["-DEMULATE_HIP"] if backend == "hip" else [])]
+
+
 def build_library(out: pathlib.Path, name: str, *, sanitize: bool = False, wave_size: int = 32) -> pathlib.Path:
     """Compile one of _SOURCES into a shared library under `out`."""
-    backend = name.split("_")[-1]
     library = out / f"{name}{wave_size}{'_sanitized' if sanitize else ''}.so"
     # Sanitized code is compiled far more slowly than it runs.
-    command = [
-        CXX,
-        "-std=c++20",
-        "-O0" if sanitize else "-O1",
-        "-g1",
-        "-fPIC",
-        "-shared",
-        "-ffp-contract=off",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    command += ["-Wno-unknown-pragmas", "-Wno-clobbered", f"-I{HERE}", f"-I{REPO / 'cpp'}", f"-I{REPO / backend}"]
-    command += ["-DUSAF_MAX_GRID_Y=2"]  # small grids: the kernels' row loops run too
-    command += [f"-DEMULATED_WAVE_SIZE={wave_size}"] + (["-DEMULATE_HIP"] if backend == "hip" else [])
+    command = [CXX, "-std=c++20", "-O0" if sanitize else "-O1", "-g1", "-fPIC", "-shared"]
+    command += compile_flags(name.split("_")[-1], wave_size)
     command += SANITIZE if sanitize else []
     command += ["-x", "c++", *map(str, _SOURCES[name]), str(HERE / "emulator.cpp"), "-o", str(library)]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -1,0 +1,102 @@
+"""The fake GPU, to torch: `fake_gpu:0`, on which the emulated build of the extension runs.
+
+torch imports this at the end of its own import (entry point "torch.backends"), so that the device is there before
+anything asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+NAME = "fake_gpu"
+
+
+def register() -> None:
+    """Load the extension, which holds the device, and tell torch its name."""
+    if "usaf_ext._C" in sys.modules:
+        return
+    path = str(next(pathlib.Path(__file__).parent.joinpath("usaf_ext").glob("_C*.so")))
+    loader = importlib.machinery.ExtensionFileLoader("usaf_ext._C", path)
+    spec = importlib.util.spec_from_file_location("usaf_ext._C", path, loader=loader)
+    assert spec is not None
+    torch.utils.rename_privateuse1_backend(NAME)
+    torch._register_device_module(NAME, sys.modules[__name__])
+    torch.utils.generate_methods_for_privateuse1_backend()
+    # Module.to(device) keeps the parameters' identity, as it does for a GPU (torch knows no other way for our device).
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    sys.modules["usaf_ext._C"] = module
+
+
+def is_available() -> bool:
+    return True
+
+
+def is_initialized() -> bool:
+    return True
+
+
+def _lazy_init() -> None:
+    pass
+
+
+def _is_in_bad_fork() -> bool:
+    return False
+
+
+def device_count() -> int:
+    return 1
+
+
+def current_device() -> int:
+    return 0
+
+
+def set_device(device: object) -> None:
+    if torch.device(device if isinstance(device, str | torch.device) else f"{NAME}:{device}").index not in (None, 0):
+        raise RuntimeError(f"no such device: {device}")
+
+
+@contextmanager
+def device(device: object) -> Iterator[None]:
+    set_device(device)
+    yield
+
+
+def get_device_name(device: object = None) -> str:
+    return "emulated"
+
+
+def synchronize(device: object = None) -> None:
+    torch.accelerator.synchronize()
+
+
+def current_stream(device: object = None) -> torch.Stream:
+    return torch.accelerator.current_stream()
+
+
+def get_amp_supported_dtype() -> list[torch.dtype]:
+    return [torch.bfloat16, torch.float16]
+
+
+def manual_seed(seed: int) -> None:
+    torch.ops.fake_gpu.manual_seed(seed)
+
+
+manual_seed_all = manual_seed
+
+
+def get_rng_state(device: object = None) -> torch.Tensor:
+    return torch.ops.fake_gpu.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor, device: object = None) -> None:
+    torch.ops.fake_gpu.set_rng_state(state)
