@@ -1,8 +1,10 @@
 // What the expert pager needs of a device: streams, events, asynchronous copies, pinned registration. No torch.
 //
-// One file a backend: cpp/cpu/device.cpp (copies on a worker thread), later cuda/, hip/ and a virtual-time device.
-// Handles are opaque and belong to the device that made them. Every call throws DeviceError on failure.
+// One file a backend: cpp/cpu/device.cpp (copies on a worker thread), cuda/device.cu, hip/device.hip; tests/native has
+// a virtual-time device. Handles are opaque and belong to the device that made them. Every call throws DeviceError on
+// failure, and may be made by any thread.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -15,7 +17,7 @@ struct MemoryInfo {
 
 class Device {
  public:
-  using Stream = void*;  // null is never a copy stream
+  using Stream = void*;  // null is never a copy stream; on a GPU it is the default stream
   using Event = void*;
 
   virtual ~Device() = default;
@@ -37,12 +39,26 @@ class Device {
   virtual void stream_wait(Stream stream, Event event) = 0;  // later work on `stream` waits for `event`
   virtual bool query(Event event) = 0;                       // done? An event never recorded counts as done.
   virtual void synchronize(Event event) = 0;                 // the host waits
+  // Either end may be host memory. Unless that is registered, the host may wait for the copy.
   virtual void copy_async(void* dst, const void* src, int64_t bytes, Stream stream) = 0;
 
+  // Host memory, whole pages of the system's, that asynchronous copies go to and from (host_registration.h).
   virtual void register_host(void* pointer, size_t bytes) = 0;
   virtual void unregister_host(void* pointer) noexcept = 0;
+
+  // How often synchronize() made the host wait for a GPU.
+  int64_t host_waits() const { return host_waits_; }
+
+ protected:
+  void count_host_wait() { ++host_waits_; }
+
+ private:
+  std::atomic<int64_t> host_waits_ = 0;
 };
 
 std::shared_ptr<Device> make_cpu_device();
+
+// In a build with GPU kernels: GPU number `index`. Throws std::invalid_argument where there is none of that number.
+std::shared_ptr<Device> make_gpu_device(int index);
 
 }  // namespace usaf

@@ -4,12 +4,14 @@
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "device_api.h"
 #include "enum_names.h"
 #include "errors.h"
 #include "kernel_api.h"
@@ -19,6 +21,7 @@
 #include "memory/page_layout.h"
 #include "memory/row_bank.h"
 #include "torch/expert_layer.h"
+#include "torch/gpu_device_type.h"
 
 namespace py = pybind11;
 using namespace usaf;
@@ -72,6 +75,34 @@ void register_errors() {
       raise("UsafError", error);
     }
   });
+}
+
+// Bytes that are registered, and why not more.
+std::pair<int64_t, std::string> registered(const HostRegistration& registration) {
+  return {registration.bytes(), registration.failure()};
+}
+
+std::shared_ptr<Device> open_device(const std::string& type, int index) {
+  if (type == "cpu") return make_cpu_device();
+#ifdef USAF_WITH_GPU
+  if (type == gpu_device_type()) return make_gpu_device(index);
+  throw std::invalid_argument("device: expected 'cpu' or '" + gpu_device_type() + "', got '" + type + "'");
+#else
+  throw std::invalid_argument("device: this build of usaf_ext has no GPU kernels, got '" + type + "' " +
+                              std::to_string(index));
+#endif
+}
+
+void bind_device(py::module_& m) {
+  py::class_<Device, std::shared_ptr<Device>>(m, "Device")
+      .def_property_readonly("name", &Device::name)
+      .def("memory_info",
+           [](const Device& self) {
+             const MemoryInfo info = self.memory_info();
+             return std::pair(info.free_bytes, info.total_bytes);
+           })
+      .def_property_readonly("host_waits", &Device::host_waits);
+  m.def("open_device", &open_device, py::arg("type"), py::arg("index") = 0);
 }
 
 void bind_store(py::module_& m) {
@@ -136,6 +167,13 @@ void bind_store(py::module_& m) {
           },
           py::arg("layer"), py::arg("expert"), py::keep_alive<0, 1>())
       .def("seal", &ExpertStore::seal)
+      .def(
+          "register_with",
+          [](ExpertStore& self, std::shared_ptr<Device> device) {
+            py::gil_scoped_release no_gil;
+            return registered(self.register_with(std::move(device)));
+          },
+          py::arg("device"))
       .def_property_readonly("sealed", &ExpertStore::sealed)
       .def_property_readonly("bytes", &ExpertStore::bytes)
       .def_property_readonly("num_layers", &ExpertStore::num_layers)
@@ -157,8 +195,8 @@ py::dict stats_dict(const PagerStats& stats) {
 void bind_pager(py::module_& m) {
   py::class_<ExpertPager, std::shared_ptr<ExpertPager>>(m, "ExpertPager")
       .def(py::init([](std::shared_ptr<ExpertStore> store, Address slab, int64_t num_slots, py::object owner,
-                       int64_t num_buffers) {
-             auto pager = std::make_unique<ExpertPager>(make_cpu_device(), std::move(store), pointer<void>(slab),
+                       int64_t num_buffers, std::shared_ptr<Device> device) {
+             auto pager = std::make_unique<ExpertPager>(std::move(device), std::move(store), pointer<void>(slab),
                                                         num_slots, num_buffers);
              // The slab's owner outlives the pager and so every copy in flight, whoever holds the pager last.
              return std::shared_ptr<ExpertPager>(pager.release(),
@@ -168,8 +206,8 @@ void bind_pager(py::module_& m) {
                                                    owner = py::none();
                                                  });
            }),
-           py::arg("store"), py::arg("slab"), py::arg("num_slots"), py::arg("owner") = py::none(),
-           py::arg("num_buffers") = 0)
+           py::arg("store"), py::arg("slab"), py::arg("num_slots"), py::arg("owner"), py::arg("num_buffers"),
+           py::arg("device"))
       .def_property_readonly("num_slots", &ExpertPager::num_slots)
       .def_property_readonly("max_group", &ExpertPager::max_group)
       .def(
@@ -181,11 +219,11 @@ void bind_pager(py::module_& m) {
       .def("experts_of", &ExpertPager::experts_of, py::arg("ticket"))
       .def(
           "wait",
-          [](ExpertPager& self, ExpertPager::Ticket ticket) {
+          [](ExpertPager& self, ExpertPager::Ticket ticket, Address stream) {
             py::gil_scoped_release no_gil;
-            self.wait(ticket, nullptr);
+            self.wait(ticket, pointer<void>(stream));
           },
-          py::arg("ticket"))
+          py::arg("ticket"), py::arg("stream") = 0)
       .def(
           "pages",
           [](const ExpertPager& self, ExpertPager::Ticket ticket) {
@@ -195,11 +233,20 @@ void bind_pager(py::module_& m) {
           },
           py::arg("ticket"))
       .def(
-          "release", [](ExpertPager& self, ExpertPager::Ticket ticket) { self.release(ticket, nullptr); },
-          py::arg("ticket"))
+          "release",
+          [](ExpertPager& self, ExpertPager::Ticket ticket, Address stream) {
+            self.release(ticket, pointer<void>(stream));
+          },
+          py::arg("ticket"), py::arg("stream") = 0)
       .def("cancel", &ExpertPager::cancel, py::arg("ticket"))
       .def("reset", &ExpertPager::reset, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_buffers", &ExpertPager::num_buffers)
+      .def_property_readonly("registered_buffers",
+                             [](const ExpertPager& self) -> std::optional<std::pair<int64_t, std::string>> {
+                               const HostRegistration* registration = self.buffer_registration();
+                               if (registration == nullptr) return std::nullopt;
+                               return registered(*registration);
+                             })
       .def("resize_ring", &ExpertPager::resize_ring, py::arg("num_buffers"), py::call_guard<py::gil_scoped_release>())
       .def("stats", [](const ExpertPager& self) { return stats_dict(self.stats()); })
       .def("reset_stats", &ExpertPager::reset_stats);
@@ -214,18 +261,19 @@ void bind_layer(py::module_& m) {
       .def(py::init([](const std::string& format, int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
                        const std::vector<int32_t>& neuron_expert, const std::vector<int32_t>& neuron_index,
                        Address codes, Address absmax, Address grad, const std::string& grad_dtype,
-                       Address neuron_expert_ptr, Address neuron_index_ptr, Address expert_hit, Address grad_squares) {
+                       Address neuron_expert_ptr, Address neuron_index_ptr, Address expert_hit, Address grad_squares,
+                       Address overlay_rows) {
              return std::make_shared<RowBank>(
                  parse_format(format), num_experts, hidden_size, intermediate_size, neuron_expert, neuron_index,
                  BankPointers{pointer<const uint8_t>(codes), pointer<const void>(absmax), pointer<void>(grad),
                               parse_dtype(grad_dtype), pointer<const int32_t>(neuron_expert_ptr),
                               pointer<const int32_t>(neuron_index_ptr), pointer<uint8_t>(expert_hit),
-                              pointer<double>(grad_squares)});
+                              pointer<double>(grad_squares), pointer<const int64_t>(overlay_rows)});
            }),
            py::arg("format"), py::arg("num_experts"), py::arg("hidden_size"), py::arg("intermediate_size"),
            py::arg("neuron_expert"), py::arg("neuron_index"), py::arg("codes_ptr"), py::arg("absmax_ptr"),
            py::arg("grad_ptr"), py::arg("grad_dtype"), py::arg("neuron_expert_ptr"), py::arg("neuron_index_ptr"),
-           py::arg("expert_hit_ptr"), py::arg("grad_squares_ptr"))
+           py::arg("expert_hit_ptr"), py::arg("grad_squares_ptr"), py::arg("overlay_rows_ptr"))
       .def_property_readonly("num_neurons", &RowBank::num_neurons);
 
   py::class_<ExpertLayer, std::shared_ptr<ExpertLayer>>(m, "ExpertLayer")
@@ -298,6 +346,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("name"));
   m.def("release_thread_pool", &cpu::release_thread_pool);
+  bind_device(m);
   bind_store(m);
   bind_pager(m);
   bind_layer(m);

@@ -180,17 +180,17 @@ def test_the_extension_pages_a_store():
     slab = torch.full((5 * layout.page_bytes,), 255, dtype=torch.uint8)
     aligned = -(-slab.data_ptr() // 64) * 64
     with pytest.raises(StoreError, match="sealed"):
-        _C.ExpertPager(store, aligned, 4)
+        _C.ExpertPager(store, aligned, 4, None, 0, _C.open_device("cpu"))
     for page in range(6):
         view = store.page(*divmod(page, 3))
         view[:] = bytes([page]) * len(view)
     store.seal()
     for pointer in (0, aligned + 32):
         with pytest.raises(ValueError, match="slab: expected a pointer aligned to 64 bytes"):
-            _C.ExpertPager(store, pointer, 4)
+            _C.ExpertPager(store, pointer, 4, None, 0, _C.open_device("cpu"))
     with pytest.raises(BudgetError, match="at least 2 slots of 4096 bytes, got 1"):
-        _C.ExpertPager(store, aligned, 1)
-    pager = _C.ExpertPager(store, aligned, 4)
+        _C.ExpertPager(store, aligned, 1, None, 0, _C.open_device("cpu"))
+    pager = _C.ExpertPager(store, aligned, 4, None, 0, _C.open_device("cpu"))
     with pytest.raises(ValueError, match="phase"):
         pager.prefetch(0, [0], "sideways")
     for layer in (0, 1, 0, 1):

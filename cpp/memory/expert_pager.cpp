@@ -162,6 +162,11 @@ int64_t ExpertPager::num_buffers() const {
   return state_->ring ? state_->ring->num_buffers() : 0;
 }
 
+const HostRegistration* ExpertPager::buffer_registration() const {
+  std::lock_guard lock(state_->mutex);
+  return state_->ring ? &state_->ring->registration() : nullptr;
+}
+
 void ExpertPager::resize_ring(int64_t num_buffers) {
   std::unique_lock lock(state_->mutex);
   check_buffers(num_buffers, state_->ring != nullptr);

@@ -48,6 +48,7 @@ class ExpertPager {
 
   const ExpertStore& store() const { return *store_; }
   Device& device() { return *device_; }
+  const std::shared_ptr<Device>& shared_device() const { return device_; }
   int64_t num_slots() const { return num_slots_; }
   int64_t max_group() const { return num_slots_ / 2; }
 
@@ -82,6 +83,7 @@ class ExpertPager {
   // Of a store on disk: use that many host buffers, at least two and at most as many as at first; the memory of the
   // others is given back. Blocks for reads and copies under way.
   int64_t num_buffers() const;
+  const HostRegistration* buffer_registration() const;  // null for a store in memory
   void resize_ring(int64_t num_buffers);
 
   PagerStats stats() const;

@@ -52,7 +52,7 @@ ExpertStore::ExpertStore(int64_t num_layers, int64_t num_experts, const PageLayo
 }
 
 ExpertStore::~ExpertStore() {
-  if (registered_) registered_->unregister_host(base_);
+  registration_.reset();
   if (base_) munmap(base_, static_cast<size_t>(bytes()));
 }
 
@@ -89,17 +89,25 @@ uint8_t* ExpertStore::writable_page(int64_t layer, int64_t expert) {
 
 void ExpertStore::seal() {
   if (sealed_) return;
-  if (mprotect(base_, static_cast<size_t>(bytes()), PROT_READ) != 0) {
-    throw StoreError(std::string("ExpertStore: cannot make the pages read-only: ") + std::strerror(errno));
-  }
+  protect(PROT_READ);
   sealed_ = true;
 }
 
-void ExpertStore::register_with(std::shared_ptr<Device> device) {
+void ExpertStore::protect(int access) const {
+  if (mprotect(base_, static_cast<size_t>(bytes()), access) != 0) {
+    throw StoreError(std::string("ExpertStore: cannot change the protection of the pages: ") + std::strerror(errno));
+  }
+}
+
+const HostRegistration& ExpertStore::register_with(std::shared_ptr<Device> device) {
   if (on_disk()) throw StoreError("the store is on disk: there is no memory to register");
-  if (registered_) throw StoreError("the store is already registered with a device");
-  device->register_host(base_, static_cast<size_t>(bytes()));
-  registered_ = std::move(device);
+  if (!registration_) {
+    // Drivers pin memory for writing too, and refuse what is read-only meanwhile.
+    if (sealed_) protect(PROT_READ | PROT_WRITE);
+    registration_.emplace(std::move(device), base_, bytes(), layout_.page_bytes);
+    if (sealed_) protect(PROT_READ);
+  }
+  return *registration_;
 }
 
 }  // namespace usaf

@@ -7,8 +7,9 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 
-#include "../device_api.h"
+#include "host_registration.h"
 #include "page_files.h"
 #include "page_layout.h"
 
@@ -42,18 +43,19 @@ class ExpertStore {
   // StoreError naming file and page when it cannot be read.
   void read_page(int64_t layer, int64_t expert, uint8_t* buffer) const;
 
-  // Register the mapping with a device for asynchronous copies (a no-op on the CPU); undone in the destructor.
-  void register_with(std::shared_ptr<Device> device);
+  // Register the pages with a device for asynchronous copies, once for all devices; undone in the destructor.
+  const HostRegistration& register_with(std::shared_ptr<Device> device);
 
  private:
   int64_t page_number(int64_t layer, int64_t expert) const;  // StoreError when out of range
+  void protect(int access) const;
 
   int64_t num_layers_, num_experts_;
   PageLayout layout_;
   std::unique_ptr<PageFiles> files_;
   uint8_t* base_ = nullptr;  // null on disk
   bool sealed_ = false;
-  std::shared_ptr<Device> registered_;
+  std::optional<HostRegistration> registration_;
 };
 
 }  // namespace usaf

@@ -9,7 +9,15 @@
 namespace usaf {
 
 ExpertSweep::ExpertSweep(std::shared_ptr<ExpertPager> pager)
-    : pager_(std::move(pager)), used_(static_cast<size_t>(pager_->store().num_layers())) {}
+    : pager_(std::move(pager)),
+      used_(static_cast<size_t>(pager_->store().num_layers())),
+      readback_(pager_->shared_device()) {}
+
+std::vector<int64_t> ExpertSweep::all_experts() const {
+  std::vector<int64_t> experts(static_cast<size_t>(pager_->store().num_experts()));
+  std::iota(experts.begin(), experts.end(), int64_t{0});
+  return experts;
+}
 
 void ExpertSweep::drop_queued() {
   for (const Queued& queued : queued_) {
@@ -53,14 +61,21 @@ std::vector<ExpertPager::Ticket> ExpertSweep::begin(int64_t layer, const std::ve
     if (phase == Phase::backward) {
       ahead = used_[static_cast<size_t>(next)];
     } else if (dense) {
-      ahead.resize(static_cast<size_t>(pager_->store().num_experts()));
-      std::iota(ahead.begin(), ahead.end(), int64_t{0});
+      ahead = all_experts();
     }
     if (ahead.empty()) break;
     auto ahead_tickets = pager_->prefetch(next, ahead, phase);
     queued_.push_back({next, std::move(ahead_tickets), std::move(ahead)});
   }
   return tickets;
+}
+
+void ExpertSweep::announce(int64_t layer, Phase phase) {
+  std::vector<int64_t> experts = all_experts();
+  if (!queued_.empty() && queued_.front().layer == layer && queued_.front().experts == experts) return;
+  drop_queued();
+  auto tickets = pager_->prefetch(layer, experts, phase);
+  queued_.push_back({layer, std::move(tickets), std::move(experts)});
 }
 
 void ExpertSweep::reset() {

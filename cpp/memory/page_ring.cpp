@@ -25,8 +25,7 @@ PageRing::PageRing(std::shared_ptr<Device> device, int64_t num_pages, int64_t pa
   }
   base_ = static_cast<uint8_t*>(mapping);
   try {
-    device_->register_host(base_, bytes);
-    registered_ = true;
+    registration_ = HostRegistration(device_, base_, num_buffers * page_bytes, page_bytes);
     for (Buffer& buffer : buffers_) buffer.copy = device_->create_event();
   } catch (...) {
     destroy();
@@ -43,7 +42,7 @@ void PageRing::destroy() noexcept {
   for (Buffer& buffer : buffers_) {
     if (buffer.copy) device_->destroy_event(buffer.copy);
   }
-  if (registered_) device_->unregister_host(base_);
+  registration_.release();
   munmap(base_, buffers_.size() * static_cast<size_t>(page_bytes_));
 }
 
@@ -124,14 +123,12 @@ void PageRing::resize(int64_t num_buffers) {
   for (size_t i = static_cast<size_t>(num_buffers); i < buffers_.size(); ++i) forget(buffers_[i]);
   const size_t kept = static_cast<size_t>(num_buffers * page_bytes_);
   const size_t all = buffers_.size() * static_cast<size_t>(page_bytes_);
-  device_->unregister_host(base_);
-  registered_ = false;
+  registration_.release();
   if (kept < all && madvise(base_ + kept, all - kept, MADV_DONTNEED) != 0) {
     throw StoreError(std::string("cannot give memory back: ") + std::strerror(errno));
   }
   num_active_ = num_buffers;
-  device_->register_host(base_, kept);
-  registered_ = true;
+  registration_ = HostRegistration(device_, base_, num_buffers * page_bytes_, page_bytes_);
 }
 
 }  // namespace usaf

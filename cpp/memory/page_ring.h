@@ -11,13 +11,15 @@
 #include <vector>
 
 #include "../device_api.h"
+#include "host_registration.h"
 #include "page_reader.h"
 
 namespace usaf {
 
 class PageRing {
  public:
-  // Maps num_buffers * page_bytes of pageable memory (touched only when read to) and registers it with `device`.
+  // Maps num_buffers * page_bytes of pageable memory (touched only when read to) and registers it with `device`,
+  // as far as that goes.
   // Throws StoreError when the memory cannot be mapped.
   PageRing(std::shared_ptr<Device> device, int64_t num_pages, int64_t page_bytes, int64_t num_buffers);
   ~PageRing();  // no read may be under way
@@ -26,6 +28,7 @@ class PageRing {
 
   int64_t num_buffers() const { return num_active_; }
   int64_t max_buffers() const { return static_cast<int64_t>(buffers_.size()); }
+  const HostRegistration& registration() const { return registration_; }
   bool holds(int64_t page) const { return find(page) >= 0; }  // read, or being read
   bool is_unused(int64_t page) const;                         // held, but no copy was made of it yet
   const uint8_t* ready(int64_t page) const;                   // where it was read to, or null
@@ -65,7 +68,7 @@ class PageRing {
   std::shared_ptr<Device> device_;
   int64_t page_bytes_, num_active_, num_reading_ = 0;
   uint8_t* base_ = nullptr;
-  bool registered_ = false;
+  HostRegistration registration_;
   std::vector<Buffer> buffers_;
   std::vector<int64_t> buffer_of_page_;  // or -1
 };

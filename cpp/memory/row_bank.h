@@ -18,8 +18,12 @@ struct BankPointers {
   DType grad_dtype = DType::f32;   // f32 or bf16
   const int32_t* neuron_expert = nullptr;  // [num_neurons]
   const int32_t* neuron_index = nullptr;   // [num_neurons]
-  uint8_t* expert_hit = nullptr;   // [num_experts], on the host: set to 1 where a backward added to grad; or null
-  double* grad_squares = nullptr;  // [num_experts], on the host: sum of squares of each expert's rows of grad
+  uint8_t* expert_hit = nullptr;  // [num_experts], on the host: set to 1 where a backward added to grad; or null
+  // Sums of squares of grad. CPU: [num_experts], each expert's rows; GPU: [num_neurons, 3], each row.
+  double* grad_squares = nullptr;
+  // [num_neurons, 3]: where the rows go in the decoded matrices of an expert, [3 * intermediate_size, hidden_size].
+  // Only a GPU needs it.
+  const int64_t* overlay_rows = nullptr;
 };
 
 class RowBank {

@@ -5,8 +5,10 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
+#include "backend.h"
 #include "expert_batches.h"
 #include "expert_decoder.h"
+#include "expert_gpu.h"
 #include "expert_gradients.h"
 #include "expert_ops.h"
 #include "expert_panels.h"
@@ -40,7 +42,7 @@ class MmBackward {
            const std::vector<Tensor>& grad_weights, const Use& use) {
     const Tensor w_gate_up = decoder_.gate_up(page, expert), w_down = decoder_.down(page, expert);
     for (size_t i = 0; i < batches_.size(); ++i) {
-      if (batches_[i].routing.tokens(expert) == 0) continue;
+      if (batches_[i].routing->tokens(expert) == 0) continue;
       use(i, run(batches_[i], expert, w_gate_up, w_down, grad_x[i], grad_weights[i]));
     }
   }
@@ -51,7 +53,7 @@ class MmBackward {
   // What it returns is valid until the next call.
   ExpertActivations run(const MicroBatch& batch, int64_t expert, const Tensor& w_gate_up, const Tensor& w_down,
                         const Tensor& grad_x, const Tensor& grad_weights) {
-    const Routing& routing = batch.routing;
+    const Routing& routing = *batch.routing;
     const DType dtype = layer_.dtype();
     const int64_t n = routing.tokens(expert), hidden_size = w_down.size(1), intermediate_size = w_down.size(0);
     const int32_t* pairs = routing.pairs(expert);
@@ -83,12 +85,33 @@ class MmBackward {
   std::vector<float> row_weight_, grad_row_weight_;
 };
 
+#ifdef USAF_WITH_GPU
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> backward_on_gpu(ExpertLayer& layer,
+                                                                             const MicroBatches& batches) {
+  const GpuBackend::Guard guard(batches[0].x);
+  std::vector<Tensor> grad_x, grad_weights;
+  for (const MicroBatch& batch : batches)
+    grad_x.push_back(at::zeros(batch.x.sizes(), batch.x.options().dtype(at::kFloat)));
+  GpuBackward backward(layer, batches, guard.stream());
+  for_each_group(layer, batches, Phase::backward, guard.stream(),
+                 [&](const std::vector<ExpertPage>& group) { backward.run(group, grad_x); });
+  for (size_t i = 0; i < batches.size(); ++i) {
+    grad_x[i] = grad_x[i].to(scalar_type(layer.dtype()));
+    grad_weights.push_back(backward.grad_weights(i).to(batches[i].weights_type));
+  }
+  return {std::move(grad_x), std::move(grad_weights), backward.grad_anchor()};
+}
+#endif
+
 }  // namespace
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> experts_backward_many(
     at::TensorList grad_out, at::TensorList x, at::TensorList index, at::TensorList weights, int64_t handle) {
   ExpertLayer& layer = find_layer(handle);
-  const MicroBatches batches(layer, x, index, weights, grad_out);
+  const MicroBatches batches(layer, Phase::backward, x, index, weights, grad_out);
+#ifdef USAF_WITH_GPU
+  if (!batches[0].x.is_cpu()) return backward_on_gpu(layer, batches);
+#endif
   const auto f32 = batches[0].x.options().dtype(at::kFloat);
   std::vector<Tensor> grad_x, grad_weights;
   for (const MicroBatch& batch : batches) {
@@ -100,7 +123,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> experts_backward_ma
     for_each_expert(layer, batches, Phase::backward, [&](const uint8_t* page, int64_t expert) {
       backward.run(page, expert, grad_x, grad_weights, [&](size_t i, const ExpertActivations& activations) {
         accumulate_importance(layer, expert, activations);
-        if (layer.under_threshold(expert, batches[i].routing.tokens())) {
+        if (layer.under_threshold(expert, batches[i].routing->tokens())) {
           layer.num_masked += layer.trained_bank() != nullptr;
           return;
         }

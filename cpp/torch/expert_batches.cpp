@@ -1,6 +1,9 @@
 #include "expert_batches.h"
 
 #include <algorithm>
+#include <string_view>
+
+#include "checks.h"
 
 namespace usaf {
 namespace {
@@ -22,6 +25,9 @@ void check_micro_batch(const ExpertLayer& layer, const Tensor& x, const Tensor& 
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
                    "weights: expected float32, bfloat16 or float16, got ", type);
   TORCH_CHECK_VALUE(index.numel() <= INT32_MAX, "index: expected at most 2^31 - 1 (token, slot) pairs");
+  check_device(index, "index", x);
+  check_device(weights, "weights", x);
+  if (!x.is_cpu()) return;  // a GPU takes an index that is out of range as "not here"
   const int64_t* values = index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < index.numel(); ++i) {
     TORCH_CHECK_VALUE(values[i] >= 0 && values[i] <= layer.num_experts(), "index: expected 0 to ", layer.num_experts(),
@@ -34,6 +40,7 @@ void check_grad_out(const Tensor& grad_out, const Tensor& x) {
                     grad_out.sizes());
   TORCH_CHECK_TYPE(grad_out.scalar_type() == x.scalar_type(), "grad_out: expected ", x.scalar_type(), ", got ",
                    grad_out.scalar_type());
+  check_device(grad_out, "grad_out", x);
 }
 
 }  // namespace
@@ -44,21 +51,8 @@ ExpertLayer& find_layer(int64_t handle) {
   return *layer;
 }
 
-Routing::Routing(const Tensor& index, int64_t num_experts)
-    : offsets_(at::empty({num_experts + 1}, index.options().dtype(at::kInt))),
-      source_(at::empty({index.numel()}, index.options().dtype(at::kInt))),
-      inverse_(at::empty(index.sizes(), index.options().dtype(at::kInt))),
-      top_k_(index.size(1)) {
-  cpu::sort_by_expert(
-      {index.const_data_ptr<int64_t>(), offsets_.mutable_data_ptr<int32_t>(), source_.mutable_data_ptr<int32_t>(),
-       inverse_.mutable_data_ptr<int32_t>(), nullptr, index.size(0), top_k_, num_experts},
-      nullptr);
-  const int32_t* offsets = offsets_.const_data_ptr<int32_t>();
-  for (int64_t expert = 0; expert < num_experts; ++expert) tokens_.push_back(offsets[expert + 1] - offsets[expert]);
-}
-
-MicroBatches::MicroBatches(const ExpertLayer& layer, at::TensorList x, at::TensorList index, at::TensorList weights,
-                           std::optional<at::TensorList> grad_out) {
+MicroBatches::MicroBatches(ExpertLayer& layer, Phase phase, at::TensorList x, at::TensorList index,
+                           at::TensorList weights, std::optional<at::TensorList> grad_out) {
   TORCH_CHECK_VALUE(!x.empty(), "x: expected at least one micro-batch, got none");
   const auto check_count = [&](const char* name, const at::TensorList& list) {
     TORCH_CHECK_VALUE(list.size() == x.size(), name, ": expected ", x.size(), " micro-batches as in x, got ",
@@ -67,20 +61,27 @@ MicroBatches::MicroBatches(const ExpertLayer& layer, at::TensorList x, at::Tenso
   check_count("index", index);
   check_count("weights", weights);
   if (grad_out) check_count("grad_out", *grad_out);
+  const char* device = layer.sweep().pager().device().name();
+  TORCH_CHECK_VALUE(x[0].is_cpu() == (std::string_view(device) == "cpu"),
+                    "x: expected a tensor on the layer's device (", device, "), got one on ", x[0].device());
   int64_t num_pairs = 0;
+  std::vector<Tensor> sorted;
   for (size_t i = 0; i < x.size(); ++i) {
-    const Tensor contiguous = index[i].contiguous();
-    check_micro_batch(layer, x[i], contiguous, weights[i]);
+    check_device(x[i], "x", x[0]);
+    sorted.push_back(index[i].contiguous());
+    check_micro_batch(layer, x[i], sorted[i], weights[i]);
     if (grad_out) check_grad_out((*grad_out)[i], x[i]);
+    num_pairs += sorted[i].numel();
+  }
+  const Routings routings = route(layer, sorted, phase);
+  for (size_t i = 0; i < x.size(); ++i) {
     batches_.push_back({x[i].contiguous(), weights[i].to(at::kFloat).contiguous(),
-                        grad_out ? (*grad_out)[i].contiguous() : Tensor(), weights[i].scalar_type(),
-                        Routing(contiguous, layer.num_experts())});
-    num_pairs += contiguous.numel();
+                        grad_out ? (*grad_out)[i].contiguous() : Tensor(), weights[i].scalar_type(), routings[i]});
   }
   dense_ = is_dense(num_pairs, layer.num_experts());
   for (int64_t expert = 0; expert < layer.num_experts(); ++expert) {
     int64_t most = 0;
-    for (const MicroBatch& batch : batches_) most = std::max(most, batch.routing.tokens(expert));
+    for (const MicroBatch& batch : batches_) most = std::max(most, batch.routing->tokens(expert));
     if (most > 0) experts_.push_back(expert);
     max_tokens_ = std::max(max_tokens_, most);
   }

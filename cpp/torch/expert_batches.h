@@ -1,4 +1,4 @@
-// The inputs of an expert layer's ops: micro-batches, their routing, and the sweep over the pages that they need.
+// The inputs of an expert layer's ops: micro-batches with their routing, and the sweep over the pages that they need.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "expert_layer.h"
+#include "expert_routing.h"
 
 namespace usaf {
 
@@ -15,37 +16,19 @@ inline at::ScalarType scalar_type(DType dtype) {
   return dtype == DType::f32 ? at::kFloat : dtype == DType::bf16 ? at::kBFloat16 : at::kHalf;
 }
 
-// The (token, slot) pairs of one micro-batch sorted by expert, on the host.
-class Routing {
- public:
-  Routing(const at::Tensor& index, int64_t num_experts);
-
-  int64_t top_k() const { return top_k_; }
-  const std::vector<int64_t>& tokens() const { return tokens_; }  // per expert
-  int64_t tokens(int64_t expert) const { return tokens_[static_cast<size_t>(expert)]; }
-  const int32_t* pairs(int64_t expert) const {
-    return source_.const_data_ptr<int32_t>() + offsets_.const_data_ptr<int32_t>()[expert];
-  }
-
- private:
-  at::Tensor offsets_, source_, inverse_;
-  std::vector<int64_t> tokens_;
-  int64_t top_k_;
-};
-
 struct MicroBatch {
   at::Tensor x;         // [num_tokens, hidden_size] of the layer's dtype
   at::Tensor weights;   // fp32 [num_tokens, top_k]
   at::Tensor grad_out;  // like x; undefined in a forward
   at::ScalarType weights_type;
-  Routing routing;
+  std::shared_ptr<const Routing> routing;
 };
 
 // The micro-batches of one call, in the order in which their results add up.
 class MicroBatches {
  public:
   // Checks everything before it returns; raises Python's TypeError or ValueError.
-  MicroBatches(const ExpertLayer& layer, at::TensorList x, at::TensorList index, at::TensorList weights,
+  MicroBatches(ExpertLayer& layer, Phase phase, at::TensorList x, at::TensorList index, at::TensorList weights,
                std::optional<at::TensorList> grad_out = std::nullopt);
 
   size_t size() const { return batches_.size(); }
@@ -70,6 +53,13 @@ ExpertLayer& find_layer(int64_t handle);
 template <class Body>
 void for_each_expert(ExpertLayer& layer, const MicroBatches& batches, Phase phase, const Body& body) {
   layer.sweep().for_each_expert(layer.layer(), batches.experts(), batches.dense(), phase, nullptr, body);
+}
+
+// Calls `body(group)` for groups of routed experts in ascending order, whose pages come in on a stream of their own.
+template <class Body>
+void for_each_group(ExpertLayer& layer, const MicroBatches& batches, Phase phase, Device::Stream stream,
+                    const Body& body) {
+  layer.sweep().for_each_group(layer.layer(), batches.experts(), batches.dense(), phase, stream, body);
 }
 
 // The first n rows of a buffer that was made for the largest expert.

@@ -3,8 +3,10 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
+#include "backend.h"
 #include "expert_batches.h"
 #include "expert_decoder.h"
+#include "expert_gpu.h"
 #include "expert_ops.h"
 #include "expert_panels.h"
 
@@ -40,7 +42,7 @@ class MmForward {
  private:
   void run(const MicroBatch& batch, int64_t expert, const Tensor& w_gate_up, const Tensor& w_down,
            const Tensor& out) const {
-    const Routing& routing = batch.routing;
+    const Routing& routing = *batch.routing;
     const int64_t n = routing.tokens(expert);
     if (n == 0) return;
     Tensor x = x_.rows(n), gate_up = gate_up_.rows(n), h = h_.rows(n), y = y_.rows(n);
@@ -65,7 +67,7 @@ void count_tokens(const ExpertLayer& layer, const MicroBatches& batches) {
   if (layer.token_counts == nullptr) return;
   for (int64_t expert = 0; expert < layer.num_experts(); ++expert) {
     int64_t tokens = 0;
-    for (const MicroBatch& batch : batches) tokens += batch.routing.tokens(expert);
+    for (const MicroBatch& batch : batches) tokens += batch.routing->tokens(expert);
     layer.token_counts[expert] = static_cast<int32_t>(tokens);
   }
 }
@@ -75,12 +77,22 @@ void count_tokens(const ExpertLayer& layer, const MicroBatches& batches) {
 std::vector<Tensor> experts_forward_many(at::TensorList x, at::TensorList index, at::TensorList weights, int64_t handle,
                                          bool training) {
   ExpertLayer& layer = find_layer(handle);
-  const MicroBatches batches(layer, x, index, weights);
+  const Phase phase = in_backward() ? Phase::backward : training ? Phase::training_forward : Phase::inference;
+  const MicroBatches batches(layer, phase, x, index, weights);
   count_tokens(layer, batches);
   std::vector<Tensor> out;
   for (const MicroBatch& batch : batches)
     out.push_back(at::zeros(batch.x.sizes(), batch.x.options().dtype(at::kFloat)));
-  const Phase phase = in_backward() ? Phase::backward : training ? Phase::training_forward : Phase::inference;
+#ifdef USAF_WITH_GPU
+  if (!out[0].is_cpu()) {
+    const GpuBackend::Guard guard(out[0]);
+    const GpuForward forward(layer, batches, guard.stream());
+    for_each_group(layer, batches, phase, guard.stream(),
+                   [&](const std::vector<ExpertPage>& group) { forward.run(group, out); });
+    for (Tensor& result : out) result = result.to(scalar_type(layer.dtype()));
+    return out;
+  }
+#endif
   const auto sweep = [&](auto&& forward) {
     for_each_expert(layer, batches, phase,
                     [&](const uint8_t* page, int64_t expert) { forward.run(page, expert, out); });

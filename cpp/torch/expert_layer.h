@@ -15,10 +15,12 @@ namespace usaf {
 // or of |g * w|.
 enum class ImportanceMetric : int32_t { gradient = 0, gradient_weight = 1 };
 
+class KeptRoutings;  // expert_routing.h
+
 class ExpertLayer {
  public:
-  // `scratch`: kMatricesPerExpert * intermediate_size * hidden_size elements of `dtype`, shared by the layers of a
-  // model and owned by the caller. Registers the layer under a new handle.
+  // `scratch`: kMatricesPerExpert * intermediate_size * hidden_size elements of `dtype` on the device, shared by the
+  // layers of a model and owned by the caller. Registers the layer under a new handle.
   ExpertLayer(std::shared_ptr<ExpertSweep> sweep, int64_t layer, Activation activation, DType dtype, void* scratch);
   ~ExpertLayer();
   ExpertLayer(const ExpertLayer&) = delete;
@@ -48,13 +50,14 @@ class ExpertLayer {
 
   // The trained neurons, and those trained before and now frozen (null: none). Decoding overlays the rows of both.
   std::shared_ptr<const RowBank> bank, frozen_bank;
-  // Where every later backward adds the neurons' importance: [num_experts, intermediate_size], or null.
+  // Where every later backward adds the neurons' importance: [num_experts, intermediate_size] on the device, or null.
   float* importance = nullptr;
   ImportanceMetric importance_metric = ImportanceMetric::gradient;
   // How often so far an expert with tokens in a micro-batch was under the threshold and its bank got no gradient.
   int64_t num_masked = 0;
   // Tokens per expert of the latest forward: [num_experts], on the host, or null.
   int32_t* token_counts = nullptr;
+  std::shared_ptr<KeptRoutings> kept_routings;  // of its forwards, for their backwards; null: none yet
 
  private:
   std::shared_ptr<ExpertSweep> sweep_;

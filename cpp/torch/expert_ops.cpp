@@ -11,6 +11,9 @@
 
 #include <utility>
 
+#include "backend.h"
+#include "gpu_device_type.h"
+
 namespace usaf {
 namespace {
 
@@ -25,6 +28,13 @@ std::tuple<Tensor, Tensor, Tensor> experts_backward(const Tensor& grad_out, cons
                                                     const Tensor& weights, int64_t handle) {
   auto [grad_x, grad_weights, grad_anchor] = experts_backward_many(grad_out, x, index, weights, handle);
   return {std::move(grad_x[0]), std::move(grad_weights[0]), std::move(grad_anchor)};
+}
+
+void register_experts(torch::Library& m) {
+  m.impl("experts_forward", &experts_forward);
+  m.impl("experts_backward", &experts_backward);
+  m.impl("experts_forward_many", &experts_forward_many);
+  m.impl("experts_backward_many", &experts_backward_many);
 }
 
 }  // namespace
@@ -42,12 +52,14 @@ TORCH_LIBRARY_FRAGMENT(usaf, m) {
       "(Tensor[] grad_x, Tensor[] grad_weights, Tensor grad_anchor)");
 }
 
-TORCH_LIBRARY_IMPL(usaf, CPU, m) {
-  m.impl("experts_forward", &experts_forward);
-  m.impl("experts_backward", &experts_backward);
-  m.impl("experts_forward_many", &experts_forward_many);
-  m.impl("experts_backward_many", &experts_backward_many);
+TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_experts(m); }
+#ifdef USAF_WITH_GPU
+TORCH_LIBRARY_IMPL(usaf, USAF_GPU_KEY, m) { register_experts(m); }
+
+std::string gpu_device_type() {
+  return c10::DeviceTypeName(c10::dispatchKeyToDeviceType(c10::DispatchKey::USAF_GPU_KEY), /*lower_case=*/true);
 }
+#endif
 
 // The caller of the many-forms builds its own graph.
 TORCH_LIBRARY_IMPL(usaf, Autograd, m) {

@@ -44,7 +44,7 @@ PanelExperts::PanelExperts(const ExpertLayer& layer, const MicroBatches& batches
       intermediate_size_(layer.layout().intermediate_size) {
   for (const int64_t expert : batches.experts()) {
     int64_t rows = 0;
-    for (const MicroBatch& batch : batches) rows += batch.routing.tokens(expert);
+    for (const MicroBatch& batch : batches) rows += batch.routing->tokens(expert);
     max_rows_ = std::max(max_rows_, rows);
   }
   const int64_t transposed = round_up(std::min(hidden_size_, kTransposedDepth), cpu::kPanelStep) * kPanelColumns;
@@ -60,7 +60,7 @@ void PanelExperts::place_tokens(int64_t expert) {
   segments_.clear();
   num_rows_ = 0;
   for (size_t i = 0; i < batches_.size(); ++i) {
-    const int64_t tokens = batches_[i].routing.tokens(expert);
+    const int64_t tokens = batches_[i].routing->tokens(expert);
     if (tokens > 0) segments_.push_back({i, num_rows_, tokens});
     num_rows_ += tokens;
   }
@@ -111,12 +111,12 @@ void PanelExperts::scatter(int64_t expert, const float* results, int64_t first_c
   const int64_t cols = std::min(kWide, hidden_size_ - first_col);
   for (const Segment& segment : segments_) {
     const MicroBatch& batch = batches_[segment.batch];
-    const int32_t* pairs = batch.routing.pairs(expert);
+    const int32_t* pairs = batch.routing->pairs(expert);
     const float* weights = batch.weights.const_data_ptr<float>();
     float* to = out[segment.batch].mutable_data_ptr<float>() + first_col;
     for (int64_t row = 0; row < segment.num_rows; ++row) {
       cpu::add_scaled_row(results + (segment.first_row + row) * kWide, weighted ? weights[pairs[row]] : 1.0f, cols,
-                          to + pairs[row] / batch.routing.top_k() * hidden_size_);
+                          to + pairs[row] / batch.routing->top_k() * hidden_size_);
     }
   }
 }
@@ -136,7 +136,7 @@ void PanelForward::run(const uint8_t* page, int64_t expert, const std::vector<Te
   place_tokens(expert);
   for (const Segment& segment : segments_) {
     const MicroBatch& batch = batches_[segment.batch];
-    gather(batch.x, batch.routing, expert, x_.narrow(0, segment.first_row, segment.num_rows), DType::bf16);
+    gather(batch.x, *batch.routing, expert, x_.narrow(0, segment.first_row, segment.num_rows), DType::bf16);
   }
   const cpu::EncodedMatrix gate = encoded(page, expert, 0), up = encoded(page, expert, 1),
                            down = encoded(page, expert, 2);
@@ -191,9 +191,9 @@ void PanelBackward::compute(const uint8_t* page, int64_t expert, const std::vect
   place_tokens(expert);
   for (const Segment& segment : segments_) {
     const MicroBatch& batch = batches_[segment.batch];
-    gather(batch.x, batch.routing, expert, x_.narrow(0, segment.first_row, segment.num_rows), DType::bf16);
-    gather(batch.grad_out, batch.routing, expert, grad_y_.narrow(0, segment.first_row, segment.num_rows), DType::bf16);
-    const int32_t* pairs = batch.routing.pairs(expert);
+    gather(batch.x, *batch.routing, expert, x_.narrow(0, segment.first_row, segment.num_rows), DType::bf16);
+    gather(batch.grad_out, *batch.routing, expert, grad_y_.narrow(0, segment.first_row, segment.num_rows), DType::bf16);
+    const int32_t* pairs = batch.routing->pairs(expert);
     const float* weights = batch.weights.const_data_ptr<float>();
     for (int64_t row = 0; row < segment.num_rows; ++row) {
       row_weight_[static_cast<size_t>(segment.first_row + row)] = weights[pairs[row]];
@@ -203,7 +203,7 @@ void PanelBackward::compute(const uint8_t* page, int64_t expert, const std::vect
   cpu::parallel_for_workers(h_panels,
                             [&](int64_t panel, int64_t worker) { differentiate_panel(page, expert, panel, worker); });
   for (const Segment& segment : segments_) {
-    const int32_t* pairs = batches_[segment.batch].routing.pairs(expert);
+    const int32_t* pairs = batches_[segment.batch].routing->pairs(expert);
     float* to = grad_weights[segment.batch].mutable_data_ptr<float>();
     for (int64_t row = 0; row < segment.num_rows; ++row) {
       float sum = 0.0f;  // over the panels in ascending order

@@ -158,6 +158,7 @@ class RowBank:
             self.neuron_index.data_ptr(),
             self.expert_hit.data_ptr(),
             self.grad_squares.data_ptr(),
+            0,
         )
 
     @classmethod

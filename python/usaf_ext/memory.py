@@ -58,7 +58,8 @@ class ExpertMemory:
         self._scratch = torch.empty(self._scratch_bytes(store, dtype), dtype=torch.uint8)
         self.device_budget = self.device_bytes if device_budget == "auto" else parse_size(device_budget)
         first_slot = -(-self._slab.data_ptr() // _SLAB_ALIGN) * _SLAB_ALIGN
-        self.pager = _C.ExpertPager(store.native, first_slot, num_slots, self._slab, num_buffers)
+        device = _C.open_device("cpu", 0)
+        self.pager = _C.ExpertPager(store.native, first_slot, num_slots, self._slab, num_buffers, device)
         self.sweep = _C.ExpertSweep(self.pager)
         self.host_budget = None if host_budget is None else parse_size(host_budget, "host_budget")
         self._reserved_host = 0
