@@ -7,7 +7,6 @@ PYTHONPATH=build/emulated/packages/cuda python -m pytest tests/test_ops_codec.py
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import pathlib
 import subprocess

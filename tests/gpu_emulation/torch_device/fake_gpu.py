@@ -29,11 +29,34 @@ def register() -> None:
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, sys.modules[__name__])
     torch.utils.generate_methods_for_privateuse1_backend()
-    # Module.to(device) keeps the parameters' identity, as it does for a GPU (torch knows no other way for our device).
-    torch.__future__.set_swap_module_params_on_conversion(True)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     sys.modules["usaf_ext._C"] = module
+    _let_data_change_device()
+
+
+def _let_data_change_device() -> None:
+    """`tensor.data = other` between the CPU and the device, as torch has it for GPUs and refuses it for a PrivateUse1.
+
+    Module.to(device) goes this way and so keeps its Parameter objects, on which tied weights and optimizers rely.
+    """
+    plain, same_kind = torch._C.TensorBase.data, torch._has_compatible_shallow_copy_type
+
+    def may_become(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+        kinds = {tensor.device.type, value.device.type}
+        return kinds == {"cpu", NAME} and tensor.layout == value.layout == torch.strided
+
+    def set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+        if may_become(tensor, value):
+            torch.ops.fake_gpu.set_data(tensor, value.detach())
+        else:
+            plain.__set__(tensor, value)
+
+    def has_compatible_type(input: torch.Tensor, from_: torch.Tensor) -> bool:  # torch._dynamo checks the names
+        return may_become(input, from_) or same_kind(input, from_)
+
+    torch.Tensor.data = property(plain.__get__, set_data)
+    torch._has_compatible_shallow_copy_type = has_compatible_type
 
 
 def is_available() -> bool:

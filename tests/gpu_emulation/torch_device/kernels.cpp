@@ -5,11 +5,14 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/histc.h>
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
+#include <mutex>
 #include <optional>
 #include <string>
 
@@ -60,6 +63,12 @@ Tensor copy_from_and_resize(const Tensor& self, const Tensor& destination) {
 int64_t fused_sdp_choice(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool,
                          std::optional<double>, bool) {
   return 0;
+}
+
+// The CPU's kernel takes floats only, a GPU's integers too.
+Tensor histc(const Tensor& self, int64_t bins, const at::Scalar& min, const at::Scalar& max) {
+  HostViews views;
+  return views.to_device(at::histc(views.to_host(self).to(at::kDouble), bins, min, max).to(self.scalar_type()));
 }
 
 void record_stream(Tensor&, c10::Stream) {}
@@ -137,8 +146,6 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (size_t i = stack->size() - num_results; i < stack->size(); ++i) (*stack)[i] = call.device_result((*stack)[i]);
 }
 
-}  // namespace
-
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
@@ -153,10 +160,22 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_fused_sdp_choice", &fused_sdp_choice);
+  m.impl("histc", &histc);
   m.impl("record_stream", &record_stream);
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host>()); }
+
+// What torch's own set_data does for the device types it knows.
+void set_data(const Tensor& self, const Tensor& value) {
+  self.unsafeGetTensorImpl()->shallow_copy_from(value.getIntrusivePtr());
+  if (auto* meta = torch::autograd::impl::get_autograd_meta(self)) {
+    const std::lock_guard lock(meta->mutex_);
+    meta->grad_accumulator_.reset();  // it knows the device that the tensor had
+  }
+}
+
+}  // namespace
 
 // For fake_gpu.py and the tests.
 TORCH_LIBRARY(fake_gpu, m) {
@@ -167,6 +186,7 @@ TORCH_LIBRARY(fake_gpu, m) {
   m.def("set_rng_state(Tensor state) -> ()", [](const Tensor& state) {
     default_generator().unsafeGetGeneratorImpl()->set_state(*state.unsafeGetTensorImpl());
   });
+  m.def("set_data(Tensor(a!) self, Tensor value) -> ()", &set_data);
   m.def("num_launches() -> int", [] { return emulator::control().launches; });
   m.def("last_stream() -> int", [] { return reinterpret_cast<int64_t>(emulator::control().last_stream); });
 }
