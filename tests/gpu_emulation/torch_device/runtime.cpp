@@ -16,7 +16,8 @@ namespace {
 
 constexpr auto kType = c10::DeviceType::PrivateUse1;
 
-thread_local c10::StreamId current_stream = 0;
+// Of all threads: a thread-local variable in this library is a kernel's shared memory to the emulator.
+std::atomic<c10::StreamId> current_stream = 0;
 std::atomic<c10::StreamId> num_streams = 0;
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
