@@ -222,8 +222,10 @@ def _compare(results: Outputs, reference: Outputs, exact: bool) -> tuple[bool, s
 
 def devices() -> list[torch.device]:
     """The CPU and, where this build has kernels for them, all GPUs."""
-    gpus = torch.cuda.device_count() if _C.GPU_BACKEND and torch.cuda.is_available() else 0
-    return [torch.device("cpu"), *(torch.device("cuda", number) for number in range(gpus))]
+    cpu, gpu = torch.device("cpu"), torch.accelerator.current_accelerator(check_available=True)
+    if gpu is None or not _C.GPU_BACKEND:
+        return [cpu]
+    return [cpu, *(torch.device(gpu.type, number) for number in range(torch.accelerator.device_count()))]
 
 
 def run_checks() -> Iterator[Outcome]:
