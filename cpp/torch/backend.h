@@ -38,6 +38,9 @@ struct CpuBackend {
 #ifdef USAF_WITH_GPU
 // CUDA and ROCm alike: both register under torch's CUDA key. c10's guard registry gives the stream without their
 // headers.
+#ifndef USAF_GPU_KEY
+#define USAF_GPU_KEY CUDA  // the emulated build of tests/gpu_emulation has a device of its own
+#endif
 struct GpuBackend {
   static constexpr bool kHostMemory = false;
   static constexpr auto encode_rows = gpu::encode_rows;

@@ -147,7 +147,7 @@ void register_codec(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_codec<CpuBackend>(m); }
 #ifdef USAF_WITH_GPU
-TORCH_LIBRARY_IMPL(usaf, CUDA, m) { register_codec<GpuBackend>(m); }
+TORCH_LIBRARY_IMPL(usaf, USAF_GPU_KEY, m) { register_codec<GpuBackend>(m); }
 #endif
 
 }  // namespace usaf

@@ -129,7 +129,7 @@ void register_gather(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_gather<CpuBackend>(m); }
 #ifdef USAF_WITH_GPU
-TORCH_LIBRARY_IMPL(usaf, CUDA, m) { register_gather<GpuBackend>(m); }
+TORCH_LIBRARY_IMPL(usaf, USAF_GPU_KEY, m) { register_gather<GpuBackend>(m); }
 #endif
 
 }  // namespace usaf

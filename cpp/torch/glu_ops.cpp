@@ -83,7 +83,7 @@ void register_glu(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_glu<CpuBackend>(m); }
 #ifdef USAF_WITH_GPU
-TORCH_LIBRARY_IMPL(usaf, CUDA, m) { register_glu<GpuBackend>(m); }
+TORCH_LIBRARY_IMPL(usaf, USAF_GPU_KEY, m) { register_glu<GpuBackend>(m); }
 #endif
 
 }  // namespace usaf

@@ -178,7 +178,7 @@ TORCH_LIBRARY_IMPL(usaf, CPU, m) {
   m.impl("dequantize_moments8", &dequantize_moments8<CpuBackend>);
 }
 #ifdef USAF_WITH_GPU
-TORCH_LIBRARY_IMPL(usaf, CUDA, m) { m.impl("masked_adam_", &masked_adam_<GpuBackend>); }
+TORCH_LIBRARY_IMPL(usaf, USAF_GPU_KEY, m) { m.impl("masked_adam_", &masked_adam_<GpuBackend>); }
 #endif
 
 }  // namespace usaf

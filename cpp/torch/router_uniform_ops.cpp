@@ -35,7 +35,7 @@ void router_uniform_(const at::Tensor& out, int64_t seed, int64_t step, int64_t 
 
 TORCH_LIBRARY_IMPL(usaf, CPU, m) { m.impl("router_uniform_", &router_uniform_<CpuBackend>); }
 #ifdef USAF_WITH_GPU
-TORCH_LIBRARY_IMPL(usaf, CUDA, m) { m.impl("router_uniform_", &router_uniform_<GpuBackend>); }
+TORCH_LIBRARY_IMPL(usaf, USAF_GPU_KEY, m) { m.impl("router_uniform_", &router_uniform_<GpuBackend>); }
 #endif
 
 }  // namespace usaf

@@ -118,7 +118,7 @@ void register_row_gradient(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_row_gradient<CpuBackend>(m); }
 #ifdef USAF_WITH_GPU
-TORCH_LIBRARY_IMPL(usaf, CUDA, m) { register_row_gradient<GpuBackend>(m); }
+TORCH_LIBRARY_IMPL(usaf, USAF_GPU_KEY, m) { register_row_gradient<GpuBackend>(m); }
 #endif
 
 }  // namespace usaf
