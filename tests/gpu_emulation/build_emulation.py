@@ -12,7 +12,7 @@ CXX = os.environ.get("CXX", "g++")
 # Alignment is checked by the undefined-behaviour sanitizer, sizes by the address sanitizer.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
-EXPERT_STEMS = ("sort", "gather", "glu", "row_gradient", "router_uniform")
+EXPERT_STEMS = ("sort", "gather", "glu", "row_gradient", "router_uniform", "residual", "moments8")
 
 _SOURCES = {
     "cuda": [HERE / "driver.cpp", HERE / "codec_driver.cpp", REPO / "cuda/codec.cu"],
