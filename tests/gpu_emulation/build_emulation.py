@@ -49,7 +49,15 @@ def build_library(out: pathlib.Path, name: str, *, sanitize: bool = False, wave_
     command = [CXX, "-std=c++20", "-O0" if sanitize else "-O1", "-g1", "-fPIC", "-shared"]
     command += compile_flags(name.split("_")[-1], wave_size)
     command += SANITIZE if sanitize else []
-    command += ["-x", "c++", *map(str, _SOURCES[name]), str(HERE / "emulator.cpp"), str(HERE / "runtime.cpp"), "-o", str(library)]
+    command += [
+        "-x",
+        "c++",
+        *map(str, _SOURCES[name]),
+        str(HERE / "emulator.cpp"),
+        str(HERE / "runtime.cpp"),
+        "-o",
+        str(library),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")

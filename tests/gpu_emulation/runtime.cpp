@@ -16,7 +16,7 @@ namespace {
 
 struct Stream;
 struct Record {
-  Stream* stream;  // null: the null stream, where nothing is ever left to do
+  Stream* stream;
   bool done = false;
 };
 struct Operation {
@@ -24,6 +24,7 @@ struct Operation {
   std::shared_ptr<Record> awaited = nullptr;
 };
 struct Stream {
+  bool eager = false;
   std::deque<Operation> operations;
 };
 struct Event {
@@ -74,6 +75,7 @@ Registered registered(const void* pointer, size_t bytes) {
 }
 
 bool is_stream(void* stream) { return stream == nullptr || state().streams.contains(stream); }
+bool runs_at_once(void* stream) { return stream == nullptr || static_cast<Stream*>(stream)->eager; }
 bool is_event(void* event) { return state().events.contains(event); }
 
 }  // namespace
@@ -81,6 +83,11 @@ bool is_event(void* event) { return state().events.contains(event); }
 int create_stream(void** stream) {
   const std::lock_guard lock(state().mutex);
   return state().streams.insert(*stream = new Stream), success;
+}
+
+int create_eager_stream(void** stream) {
+  const std::lock_guard lock(state().mutex);
+  return state().streams.insert(*stream = new Stream{true, {}}), success;
 }
 
 int destroy_stream(void* stream) {
@@ -108,8 +115,8 @@ int destroy_event(void* event) {
 int record(void* event, void* stream) {
   const std::lock_guard lock(state().mutex);
   if (!is_event(event) || !is_stream(stream)) return invalid_value;
-  const auto record = std::make_shared<Record>(Record{static_cast<Stream*>(stream), stream == nullptr});
-  if (stream != nullptr) record->stream->operations.push_back({[record] { record->done = true; }});
+  const auto record = std::make_shared<Record>(Record{static_cast<Stream*>(stream), runs_at_once(stream)});
+  if (!record->done) record->stream->operations.push_back({[record] { record->done = true; }});
   static_cast<Event*>(event)->latest = record;
   return success;
 }
@@ -119,7 +126,7 @@ int stream_wait(void* stream, void* event) {
   if (!is_event(event) || !is_stream(stream)) return invalid_value;
   const auto latest = static_cast<Event*>(event)->latest;
   if (latest == nullptr || latest->done) return success;
-  if (stream == nullptr) return run_until(*latest), success;
+  if (runs_at_once(stream)) return run_until(*latest), success;
   static_cast<Stream*>(stream)->operations.push_back({[] {}, latest});
   return success;
 }
@@ -139,6 +146,13 @@ int synchronize(void* event) {
   return success;
 }
 
+int synchronize_device() {
+  const std::lock_guard lock(state().mutex);
+  ++state().host_waits;
+  for (void* stream : state().streams) run_all(*static_cast<Stream*>(stream));
+  return success;
+}
+
 int copy_async(void* dst, const void* src, size_t bytes, void* stream) {
   const std::lock_guard lock(state().mutex);
   if (!is_stream(stream) || (bytes > 0 && (dst == nullptr || src == nullptr))) return invalid_value;
@@ -146,7 +160,7 @@ int copy_async(void* dst, const void* src, size_t bytes, void* stream) {
   const Registered to = registered(dst, bytes), from = registered(src, bytes);
   if (to == Registered::partly || from == Registered::partly) return invalid_value;
   const auto work = [=] { std::memcpy(dst, src, bytes); };
-  if (stream == nullptr) return work(), success;
+  if (runs_at_once(stream)) return work(), success;
   static_cast<Stream*>(stream)->operations.push_back({work});
   if (to == Registered::no && from == Registered::no) run_all(*static_cast<Stream*>(stream));
   return success;
