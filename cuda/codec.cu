@@ -6,9 +6,10 @@
 // rows before it uses the first. NF4 decoding looks codes up in a shared table: 16 entries in 16 banks, so no two lanes
 // ever conflict. Bytes moved: per weight its own 2 or 4, and code_bytes + scale_bytes * num_blocks per row; the codec
 // is bandwidth-bound.
-#include <stdexcept>
 #include <type_traits>
 
+#include "gpu/alignment.h"
+#include "gpu/with_format.h"
 #include "kernel_api.h"
 #include "launch.h"
 #include "numerics/block_codec.h"
@@ -213,10 +214,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_kernel(DecodeRo
   }
 }
 
-void check_codes(const uint8_t* codes) {
-  if (!aligned(codes, 0)) throw std::invalid_argument("codes: expected an address that is a multiple of 16");
-}
-
 template <Format kFormat, class T>
 void launch_encode(const EncodeRowsArgs& args, void* stream) {
   // Every byte of the codes is written, so the padding counts as weights.
@@ -241,18 +238,7 @@ void with_types(Format format, DType dtype, const Body& body) {
     : dtype == DType::bf16 ? body.template operator()<kFormat, Bf16>()
                            : body.template operator()<kFormat, F16>();
   };
-  switch (format) {
-    case Format::bf16:
-      return with_dtype.template operator()<Format::bf16>();
-    case Format::nf4:
-      return with_dtype.template operator()<Format::nf4>();
-    case Format::nf4_f16:
-      return with_dtype.template operator()<Format::nf4_f16>();
-    case Format::int8:
-      return with_dtype.template operator()<Format::int8>();
-    case Format::fp8:
-      return with_dtype.template operator()<Format::fp8>();
-  }
+  with_format(format, with_dtype);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "kernel_api.h"
 #include "launch.h"
 #include "numerics/adam_quad.h"
+#include "quad.h"
 
 namespace usaf::gpu {
 namespace {
@@ -24,7 +25,6 @@ static_assert(kHalf * kHalves == kMomentBlock);
 
 // On the device, for every thread block to copy to its shared memory.
 __device__ constexpr Dynamic8 kExpAvgMap = kDynamic8Signed, kExpAvgSqMap = kDynamic8Unsigned;
-__device__ constexpr Nf4Tables kNf4 = kNf4Tables;
 
 struct RowStep {
   AdamScalars scalars;
@@ -39,54 +39,6 @@ struct Shared {
 struct SharedMaps {
   Dynamic8 exp_avg, exp_avg_sq;
 };
-
-// Four elements of kBytes each, zeros past `count`. `wide`: every row starts where its four-element accesses may.
-template <int kBytes>
-__device__ __forceinline__ uint4 load_four(const void* source, int count, bool wide) {
-  uint32_t word[4] = {};
-  if (wide && count == kQuad) {
-    if constexpr (kBytes == 4) return *static_cast<const uint4*>(source);
-    if constexpr (kBytes == 2) {
-      const uint2 half = *static_cast<const uint2*>(source);
-      return make_uint4(half.x, half.y, 0, 0);
-    }
-    word[0] = *static_cast<const uint32_t*>(source);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      if (i >= count) continue;
-      if constexpr (kBytes == 4) word[i] = static_cast<const uint32_t*>(source)[i];
-      if constexpr (kBytes == 2) word[i / 2] |= uint32_t{static_cast<const uint16_t*>(source)[i]} << i % 2 * 16;
-      if constexpr (kBytes == 1) word[0] |= uint32_t{static_cast<const uint8_t*>(source)[i]} << 8 * i;
-    }
-  }
-  return make_uint4(word[0], word[1], word[2], word[3]);
-}
-
-template <int kBytes>
-__device__ __forceinline__ void store_four(void* target, uint4 words, int count, bool wide) {
-  if (wide && count == kQuad) {
-    if constexpr (kBytes == 4) *static_cast<uint4*>(target) = words;
-    if constexpr (kBytes == 2) *static_cast<uint2*>(target) = make_uint2(words.x, words.y);
-    if constexpr (kBytes == 1) *static_cast<uint32_t*>(target) = words.x;
-    return;
-  }
-  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    if (i >= count) continue;
-    if constexpr (kBytes == 4) static_cast<uint32_t*>(target)[i] = word[i];
-    if constexpr (kBytes == 2) static_cast<uint16_t*>(target)[i] = static_cast<uint16_t>(word[i / 2] >> i % 2 * 16);
-    if constexpr (kBytes == 1) static_cast<uint8_t*>(target)[i] = static_cast<uint8_t>(word[0] >> 8 * i);
-  }
-}
-
-__device__ __forceinline__ const void* at(const void* data, int64_t element, int bytes) {
-  return static_cast<const uint8_t*>(data) + element * bytes;
-}
-__device__ __forceinline__ void* at(void* data, int64_t element, int bytes) {
-  return static_cast<uint8_t*>(data) + element * bytes;
-}
 
 // fp32 or bf16, as their bits until they are unpacked: which of them is known at run time only.
 __device__ __forceinline__ uint4 load_floats(const void* data, int64_t element, DType dtype, int count, bool wide) {
@@ -108,29 +60,6 @@ __device__ __forceinline__ uint4 pack(const float (&value)[kQuad]) {
 
 __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
   return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
-}
-
-template <Format kFormat>
-__device__ __forceinline__ uint64_t load_codes(const uint8_t* source) {
-  if constexpr (kFormat == Format::bf16) {
-    const uint2 words = *reinterpret_cast<const uint2*>(source);
-    return words.x | uint64_t{words.y} << 32;
-  } else if constexpr (is_nf4(kFormat)) {
-    return *reinterpret_cast<const uint16_t*>(source);
-  } else {
-    return *reinterpret_cast<const uint32_t*>(source);
-  }
-}
-
-template <Format kFormat>
-__device__ __forceinline__ void store_codes(uint8_t* target, uint64_t codes) {
-  if constexpr (kFormat == Format::bf16) {
-    *reinterpret_cast<uint2*>(target) = make_uint2(static_cast<uint32_t>(codes), static_cast<uint32_t>(codes >> 32));
-  } else if constexpr (is_nf4(kFormat)) {
-    *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(codes);
-  } else {
-    *reinterpret_cast<uint32_t*>(target) = static_cast<uint32_t>(codes);
-  }
 }
 
 // The largest among kLanes neighbouring lanes; every lane of the warp takes part.
@@ -164,9 +93,7 @@ struct Chunk {
   static constexpr bool kIsEco = kMode == AdamMode::eco;
 
   __device__ __forceinline__ int64_t element(int64_t col) const { return row * args.cols + col; }
-  __device__ __forceinline__ int count(int64_t col) const {
-    return static_cast<int>(col >= args.cols ? 0 : args.cols - col < kQuad ? args.cols - col : kQuad);
-  }
+  __device__ __forceinline__ int count(int64_t col) const { return quad_count(col, args.cols); }
   __device__ __forceinline__ uint8_t* codes_at(int64_t col) const {
     return args.codes + row * code_bytes(kFormat, args.cols) + col * code_bits(kFormat) / 8;
   }
@@ -187,7 +114,7 @@ struct Chunk {
                                                 float (&moment)[kQuad]) const {
     if (kMoments8 && absmax) {
       const float scale = count(col) > 0 ? *moment_absmax_at(absmax, col) : 0.0f;
-      decode_moments_quad(map, words.x, scale, moment);
+      decode_moments_quad(map.value, words.x, scale, moment);
     } else {
       unpack(words, DType::f32, moment);
     }
@@ -258,14 +185,13 @@ struct Chunk {
       difference |= static_cast<uint32_t>(changed) | static_cast<uint32_t>(changed >> 32);
       store_codes<kFormat>(codes_at(col), in.codes ^ changed);
     }
-    if constexpr (kHasResidual || kIsEco) {
-      const uint32_t residuals = keep_error<kFormat, kMode>(row_step.scalars, codes, new_step, shared.nf4, n, quad);
-      if constexpr (kHasResidual) {
-        store_four<1>(args.residual + element(col), make_uint4(residuals, 0, 0, 0), n, wide);
-        const uint32_t used = n == 0 ? 0u : 0xffffffffu >> (32 - 8 * n);
-        difference |= (residuals ^ in.residuals) & used;
-      }
+    if constexpr (kHasResidual) {
+      const uint32_t residuals = encode_residual_quad<kFormat>(quad.weight, codes, new_step, shared.nf4);
+      store_four<1>(args.residual + element(col), make_uint4(residuals, 0, 0, 0), n, wide);
+      const uint32_t used = n == 0 ? 0u : 0xffffffffu >> (32 - 8 * n);
+      difference |= (residuals ^ in.residuals) & used;
     }
+    if constexpr (kIsEco) carry_error_quad<kFormat>(row_step.scalars, codes, new_step, shared.nf4, n, quad);
     return difference;
   }
 
@@ -331,10 +257,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ SharedMaps maps;
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   if (args.found_inf && *args.found_inf != 0.0f) return;
-  if (is_nf4(kFormat) && thread < 16) {
-    shared.nf4.value[thread] = kNf4.value[thread];
-    shared.nf4.gap[thread] = kNf4.gap[thread];
-  }
+  if constexpr (is_nf4(kFormat)) copy_nf4_tables(shared.nf4, thread);
   if constexpr (kMoments8) {
     maps.exp_avg.value[thread] = kExpAvgMap.value[thread];
     maps.exp_avg_sq.value[thread] = kExpAvgSqMap.value[thread];

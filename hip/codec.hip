@@ -7,9 +7,10 @@
 // entries lie in 16 banks: no conflicts. A block's absmax is found among its 16 or 8 neighbouring lanes.
 // Bytes moved: per weight its own 2 or 4, and code_bytes + scale_bytes * num_blocks per row; the codec is
 // bandwidth-bound.
-#include <stdexcept>
 #include <type_traits>
 
+#include "gpu/alignment.h"
+#include "gpu/with_format.h"
 #include "kernel_api.h"
 #include "launch.h"
 #include "numerics/block_codec.h"
@@ -52,16 +53,6 @@ struct PackCodes {
       store_wide(target, codes);
     }
   }
-};
-
-// bf16 has no scales; its kernels take a pointer that they do not use.
-template <Format kFormat>
-struct ScaleOf {
-  using type = typename BlockCodec<kFormat>::Scale;
-};
-template <>
-struct ScaleOf<Format::bf16> {
-  using type = float;
 };
 
 // Largest magnitude among the lanes that share a block of weights. Every lane of the wave takes part.
@@ -197,10 +188,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-void check_codes(const uint8_t* codes) {
-  if (!aligned(codes, 0)) throw std::invalid_argument("codes: expected an address that is a multiple of 16");
-}
-
 template <Format kFormat, class T>
 void launch_encode(const EncodeRowsArgs& a, void* stream) {
   // Every byte of the codes is written, so the padding counts as weights.
@@ -219,23 +206,6 @@ void launch_decode(const DecodeRowsArgs& a, void* stream) {
   launch("decode_rows", decode_kernel<kFormat, T>, shape.grid, shape.block, stream, a.codes,
          static_cast<const typename ScaleOf<kFormat>::type*>(a.absmax), static_cast<T*>(a.out), a.row_index,
          a.out_index, a.num_rows, a.cols, a.out_stride, wide);
-}
-
-// body.operator()<kFormat>().
-template <class Body>
-void with_format(Format format, const Body& body) {
-  switch (format) {
-    case Format::bf16:
-      return body.template operator()<Format::bf16>();
-    case Format::nf4:
-      return body.template operator()<Format::nf4>();
-    case Format::nf4_f16:
-      return body.template operator()<Format::nf4_f16>();
-    case Format::int8:
-      return body.template operator()<Format::int8>();
-    case Format::fp8:
-      return body.template operator()<Format::fp8>();
-  }
 }
 
 }  // namespace

@@ -11,19 +11,19 @@
 #include "kernel_api.h"
 #include "launch.h"
 #include "numerics/adam_quad.h"
+#include "pack.h"
+#include "quad.h"
 
 namespace usaf::gpu {
 namespace {
 
-constexpr int kMaxThreads = 256, kMinThreads = kMomentBlock / kQuad;
-constexpr int kLanesPerUnit = 2048;                                  // resident on a unit at once
-constexpr int kMaxRows = 32;                                         // of a workgroup
-constexpr int64_t kMaxGridX = (int64_t{1} << 32) / kMaxThreads - 1;  // a grid has under 2^32 threads
+constexpr int kLanesPerUnit = 2048;  // resident on a unit at once
+constexpr int kMaxRows = 32;         // of a workgroup
 constexpr int kHalf = 32, kMaxHalves = kMaxThreads / kHalf, kBlockLanes = kBlockSize / kQuad;
+static_assert(kMinThreads == kMomentBlock / kQuad);
 
 // For every workgroup to copy to LDS.
 __device__ constexpr Dynamic8 kExpAvgMap = kDynamic8Signed, kExpAvgSqMap = kDynamic8Unsigned;
-__device__ constexpr Nf4Tables kNf4 = kNf4Tables;
 
 struct Maps {
   Dynamic8 exp_avg, exp_avg_sq;
@@ -35,73 +35,12 @@ struct RowStep {
   int32_t step;  // counting this one; 0: the row is skipped
 };
 
-// Four elements of 4, 2 or 1 bytes, in as few words as hold them.
-struct Four {
-  uint32_t word[4];
-};
-
-// One 16-byte access. As a single integer: a struct of words would be taken apart and merged with the tail's accesses.
-using Wide = unsigned __int128;
-
-// Zeros past `count`. `wide`: every row starts where accesses of four elements may.
-template <int kBytes>
-__device__ __forceinline__ Four load_four(const uint8_t* __restrict__ source, int count, bool wide) {
-  Four four = {};
-  if (wide && count == kQuad) {
-    if constexpr (kBytes == 4) {
-      const Wide raw = *reinterpret_cast<const Wide*>(source);
-      four = {{static_cast<uint32_t>(raw), static_cast<uint32_t>(raw >> 32), static_cast<uint32_t>(raw >> 64),
-               static_cast<uint32_t>(raw >> 96)}};
-    } else if constexpr (kBytes == 2) {
-      const uint2 half = *reinterpret_cast<const uint2*>(source);
-      four = {{half.x, half.y}};
-    } else {
-      four.word[0] = *reinterpret_cast<const uint32_t*>(source);
-    }
-    return four;
-  }
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    if (i >= count) continue;
-    if constexpr (kBytes == 4) four.word[i] = reinterpret_cast<const uint32_t*>(source)[i];
-    if constexpr (kBytes == 2) {
-      four.word[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(source)[i]) << i % 2 * 16;
-    }
-    if constexpr (kBytes == 1) four.word[0] |= static_cast<uint32_t>(source[i]) << 8 * i;
-  }
-  return four;
-}
-
-template <int kBytes>
-__device__ __forceinline__ void store_four(uint8_t* __restrict__ target, const Four& four, int count, bool wide) {
-  if (wide && count == kQuad) {
-    if constexpr (kBytes == 4) {
-      *reinterpret_cast<Wide*>(target) =
-          Wide{four.word[3]} << 96 | Wide{four.word[2]} << 64 | Wide{four.word[1]} << 32 | Wide{four.word[0]};
-    } else if constexpr (kBytes == 2) {
-      *reinterpret_cast<uint2*>(target) = make_uint2(four.word[0], four.word[1]);
-    } else {
-      *reinterpret_cast<uint32_t*>(target) = four.word[0];
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    if (i >= count) continue;
-    if constexpr (kBytes == 4) reinterpret_cast<uint32_t*>(target)[i] = four.word[i];
-    if constexpr (kBytes == 2) {
-      reinterpret_cast<uint16_t*>(target)[i] = static_cast<uint16_t>(four.word[i / 2] >> i % 2 * 16);
-    }
-    if constexpr (kBytes == 1) target[i] = static_cast<uint8_t>(four.word[0] >> 8 * i);
-  }
-}
-
 // fp32 or bf16 stay bits until they are used: a conversion inside the branch would wait for the load there.
-__device__ __forceinline__ Four load_floats(const uint8_t* row, int64_t col, bool f32, int count, bool wide) {
+__device__ __forceinline__ Pack load_floats(const uint8_t* row, int64_t col, bool f32, int count, bool wide) {
   return f32 ? load_four<4>(row + col * 4, count, wide) : load_four<2>(row + col * 2, count, wide);
 }
 
-__device__ __forceinline__ void unpack(const Four& four, bool f32, float (&value)[kQuad]) {
+__device__ __forceinline__ void unpack(const Pack& four, bool f32, float (&value)[kQuad]) {
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
     const uint32_t pair = four.word[i / 2];
@@ -109,8 +48,8 @@ __device__ __forceinline__ void unpack(const Four& four, bool f32, float (&value
   }
 }
 
-__device__ __forceinline__ Four pack(const float (&value)[kQuad], bool f32) {
-  Four four = {};
+__device__ __forceinline__ Pack pack(const float (&value)[kQuad], bool f32) {
+  Pack four = {};
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
     if (f32) {
@@ -122,24 +61,6 @@ __device__ __forceinline__ Four pack(const float (&value)[kQuad], bool f32) {
   return four;
 }
 
-template <Format kFormat>
-__device__ __forceinline__ uint64_t load_codes(const uint8_t* __restrict__ source) {
-  if constexpr (is_nf4(kFormat)) return *reinterpret_cast<const uint16_t*>(source);
-  if constexpr (kFormat == Format::bf16) return *reinterpret_cast<const uint64_t*>(source);
-  return *reinterpret_cast<const uint32_t*>(source);
-}
-
-template <Format kFormat>
-__device__ __forceinline__ void store_codes(uint8_t* __restrict__ target, uint64_t codes) {
-  if constexpr (is_nf4(kFormat)) {
-    *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(codes);
-  } else if constexpr (kFormat == Format::bf16) {
-    *reinterpret_cast<uint64_t*>(target) = codes;
-  } else {
-    *reinterpret_cast<uint32_t*>(target) = static_cast<uint32_t>(codes);
-  }
-}
-
 // The largest of kLanes <= 32 neighbouring lanes; every lane of the wave takes part.
 template <int kLanes>
 __device__ __forceinline__ uint32_t largest_of(uint32_t value) {
@@ -149,16 +70,6 @@ __device__ __forceinline__ uint32_t largest_of(uint32_t value) {
   }
   return value;
 }
-
-// bf16 has no scales; its kernels take a pointer that they do not use.
-template <Format kFormat>
-struct ScaleOf {
-  using type = typename BlockCodec<kFormat>::Scale;
-};
-template <>
-struct ScaleOf<Format::bf16> {
-  using type = float;
-};
 
 __device__ __forceinline__ uint32_t scale_bits(float scale) { return float_bits(scale); }
 __device__ __forceinline__ uint32_t scale_bits(F16 scale) { return scale.bits; }
@@ -193,7 +104,7 @@ struct Row {
 
 // A moment's four values as loaded, with its block's absmax if they are codes.
 struct Moment {
-  Four four;
+  Pack four;
   float absmax;
 
   template <bool kMoments8>
@@ -205,7 +116,7 @@ struct Moment {
   template <bool kMoments8>
   __device__ __forceinline__ void decode(bool is_codes, const Dynamic8& map, float (&value)[kQuad]) const {
     if (kMoments8 && is_codes) {
-      decode_moments_quad(map, four.word[0], absmax, value);
+      decode_moments_quad(map.value, four.word[0], absmax, value);
     } else {
       unpack(four, true, value);
     }
@@ -235,10 +146,10 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
   constexpr bool kHasMaster = kMode == AdamMode::master, kHasResidual = kMode == AdamMode::residual;
   const bool grad_f32 = args.grad_dtype == DType::f32, master_f32 = args.master_dtype == DType::f32;
   const int64_t code_at = col * code_bits(kFormat) / 8;
-  [[maybe_unused]] Four master = {}, residuals = {};
+  [[maybe_unused]] Pack master = {}, residuals = {};
   uint64_t old_codes = 0;
   [[maybe_unused]] typename ScaleOf<kFormat>::type old_scale = {};
-  const Four grad = load_floats(row.grad, col, grad_f32, count, wide);
+  const Pack grad = load_floats(row.grad, col, grad_f32, count, wide);
   const Moment exp_avg = Moment::load<kMoments8>(row.exp_avg, row.exp_avg_absmax, col, count, wide);
   const Moment exp_avg_sq = Moment::load<kMoments8>(row.exp_avg_sq, row.exp_avg_sq_absmax, col, count, wide);
   if constexpr (kHasMaster) master = load_floats(row.master, col, master_f32, count, wide);
@@ -262,7 +173,7 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
 
   uint32_t difference = 0;
   if constexpr (kHasMaster) {
-    const Four rounded = pack(quad.weight, master_f32);
+    const Pack rounded = pack(quad.weight, master_f32);
     unpack(rounded, master_f32, quad.weight);  // the codes are a function of the master
     for (int i = 0; i < 4; ++i) difference |= rounded.word[i] ^ master.word[i];
     if (master_f32) {
@@ -293,13 +204,12 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
     difference |= static_cast<uint32_t>(flipped | flipped >> 32);
     store_codes<kFormat>(row.codes + code_at, old_codes ^ flipped);
   }
-  if constexpr (kHasResidual || kMode == AdamMode::eco) {
-    const uint32_t kept = keep_error<kFormat, kMode>(row_step.scalars, codes, step, nf4, count, quad);
-    if constexpr (kHasResidual) {
-      store_four<1>(row.residual + col, {{kept}}, count, wide);
-      difference |= count > 0 ? (kept ^ residuals.word[0]) << (32 - 8 * count) : 0u;
-    }
+  if constexpr (kHasResidual) {
+    const uint32_t kept = encode_residual_quad<kFormat>(quad.weight, codes, step, nf4);
+    store_four<1>(row.residual + col, {{kept}}, count, wide);
+    difference |= count > 0 ? (kept ^ residuals.word[0]) << (32 - 8 * count) : 0u;
   }
+  if constexpr (kMode == AdamMode::eco) carry_error_quad<kFormat>(row_step.scalars, codes, step, nf4, count, quad);
   return difference;
 }
 
@@ -310,10 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs
   __shared__ Maps maps;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   if (args.found_inf && *args.found_inf != 0.0f) return;
-  if (is_nf4(kFormat) && thread < 16) {
-    nf4.value[thread] = kNf4.value[thread];
-    nf4.gap[thread] = kNf4.gap[thread];
-  }
+  if constexpr (is_nf4(kFormat)) copy_nf4_tables(nf4, thread);
   if constexpr (kMoments8) {
     for (int i = thread; i < 256; i += threads) {
       maps.exp_avg.value[i] = kExpAvgMap.value[i];
@@ -344,7 +251,7 @@ __global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs
     const Row<kFormat, kMode> row(args, first + r);
     for (int64_t start = 0; start < args.cols; start += int64_t{threads} * kQuad) {
       const int64_t col = start + thread * kQuad;
-      const int count = static_cast<int>(col >= args.cols ? 0 : args.cols - col < kQuad ? args.cols - col : kQuad);
+      const int count = quad_count(col, args.cols);
       AdamQuad quad;
       difference |= step_weights<kFormat, kMode, kMoments8>(args, row, row_steps[r], nf4, maps, grad_scale, col, count,
                                                             wide, quad);

@@ -11,6 +11,7 @@
 #include "kernel_api.h"
 #include "launch.h"
 #include "numerics/bfloat16.h"
+#include "numerics/block_codec.h"
 #include "numerics/float16.h"
 
 namespace usaf::gpu {
@@ -125,6 +126,16 @@ inline LaunchShape launch_shape(int rows, int64_t num_rows, int64_t packs) {
 inline bool aligned(const void* pointer, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
 }
+
+// bf16 has no scales; its kernels take a pointer that they do not use.
+template <Format kFormat>
+struct ScaleOf {
+  using type = typename BlockCodec<kFormat>::Scale;
+};
+template <>
+struct ScaleOf<Format::bf16> {
+  using type = float;
+};
 
 // body(T{}) with T = float, Bf16 or F16.
 template <class Body>

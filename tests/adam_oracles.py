@@ -12,8 +12,8 @@ import numpy as np
 import oracles
 import torch
 import torch.nn.functional as F
+from devices import ops
 from torch import Tensor
-from usaf_ext import ops
 
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 MODES = ["master", "in_place", "residual", "eco"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import devices
 import pytest
 import torch
+
+collect_ignore = [] if devices.is_emulated() else ["test_fake_gpu.py"]
 
 
 def pytest_addoption(parser):
@@ -15,6 +18,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items[:] = [item for item in items if devices.worth_running(getattr(item, "callspec", None))]
     if config.getoption("--run-slow"):
         return
     skip = pytest.mark.skip(reason="slow: runs with --run-slow (make test-full)")
@@ -26,6 +30,14 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _same_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=devices.names())
+def device(request):
+    """The device that the ops of tests/devices.py run on, each in turn."""
+    chosen = torch.device(request.param)
+    with devices.running_on(chosen if chosen.type == "cpu" else devices.gpu()):
+        yield chosen
 
 
 @pytest.fixture(scope="session")

@@ -46,13 +46,20 @@ def _parse_structs(header: str) -> dict[str, type[ctypes.Structure]]:
 STRUCTS = _parse_structs((REPO / "cpp/kernel_api.h").read_text())
 
 
+def args_of(launcher: str) -> type[ctypes.Structure]:
+    """The argument struct of a launcher of cpp/kernel_launchers.inc."""
+    if launcher.endswith("_residual"):
+        return STRUCTS["ResidualArgs"]
+    return STRUCTS["".join(word.capitalize() for word in launcher.split("_")) + "Args"]
+
+
 def run_call(command: Sequence[str], path: pathlib.Path, launcher: str, **fields: Any) -> None:
     """Execute `launcher` by `command` (a built op_runner, perhaps behind qemu) with the given struct fields.
 
     Arrays are passed by pointer and updated in place with what the kernel left in them; None is a null pointer. Every
     field of the struct must be given. Raises RuntimeError with the runner's message if it fails.
     """
-    kind = STRUCTS["".join(word.capitalize() for word in launcher.split("_")) + "Args"]
+    kind = args_of(launcher)
     names = [name for name, _ in kind._fields_]
     if set(names) != set(fields):
         raise TypeError(f"{launcher}: fields {sorted(set(names) ^ set(fields))} are missing or unknown")

@@ -22,6 +22,7 @@ _SOURCES = (
     "cpp/cpu/device.cpp",
     "cpp/memory/expert_store.cpp",
     "cpp/memory/expert_pager.cpp",
+    "cpp/memory/host_registration.cpp",
     "cpp/memory/page_files.cpp",
     "cpp/memory/page_reader.cpp",
     "cpp/memory/page_ring.cpp",

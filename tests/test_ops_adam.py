@@ -7,10 +7,12 @@ import oracles
 import pytest
 import torch
 from adam_oracles import FORMATS, HYPER, MODES, Rows, expected_step, float64_step
-from torch.library import opcheck
-from usaf_ext import ops
+from devices import cpu_only, opcheck, ops
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
+@cpu_only
 def test_philox_known_answer():
     """The published test vector of Philox 4x32-10, so that the oracle itself stands on something."""
     assert [hex(v) for v in oracles.philox(0, 0, 0, 4).tolist()] == [
@@ -203,6 +205,7 @@ def test_empty(shape, mode, moments):
     assert rows.step.tolist() == [1] * shape[0]
 
 
+@cpu_only
 @pytest.mark.parametrize("moments", ["fp32", "8bit"])
 @pytest.mark.parametrize("mode", MODES)
 def test_same_bits_for_any_thread_count(mode, moments):
@@ -216,6 +219,7 @@ def test_same_bits_for_any_thread_count(mode, moments):
     assert oracles.same_for_any_threads(run)
 
 
+@cpu_only
 def test_bad_arguments():
     rows, grad = Rows.make(4, 70), torch.randn(4, 70)
     before = rows.clone()
@@ -266,6 +270,7 @@ def test_bad_arguments():
     assert rows.same_as(before)
 
 
+@cpu_only
 def test_bad_arguments_of_modes_and_moments():
     grad = torch.randn(4, 300)
     residual = Rows.make(4, 300, mode="residual", moments="8bit")

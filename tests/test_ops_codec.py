@@ -7,8 +7,9 @@ import codec_oracles
 import oracles
 import pytest
 import torch
-from torch.library import opcheck
-from usaf_ext import ops
+from devices import cpu_only, opcheck, ops
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = codec_oracles.FORMATS
@@ -178,6 +179,7 @@ def test_scales_that_overflow_float16():
     assert torch.equal(codes, before)
 
 
+@cpu_only
 def test_bad_arguments():
     weight = torch.randn(4, 70)
     codes, absmax = ops.quantize_blocks(weight, "nf4")
@@ -245,6 +247,7 @@ def test_refuses_to_be_differentiated():
         decoded.sum().backward()
 
 
+@cpu_only
 def test_same_bits_for_any_thread_count():
     weight = torch.randn(256, 2048)
 

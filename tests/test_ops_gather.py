@@ -5,8 +5,9 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
-from torch.library import opcheck
-from usaf_ext import ops
+from devices import cpu_only, on_device, opcheck, ops
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # num_tokens, top_k, num_experts, hidden_size
@@ -80,6 +81,7 @@ def test_gather_gradient(shape, dtype):
     torch.testing.assert_close(x.grad.double(), oracles.combine(grad.double(), inverse, None), **tolerance(dtype))
 
 
+@cpu_only
 @pytest.mark.parametrize("hidden_size", [2048, 2041])
 def test_results_too_large_for_the_caches(hidden_size):
     """They are stored past the caches where rows are aligned, and as usual where not."""
@@ -93,7 +95,9 @@ def test_results_too_large_for_the_caches(hidden_size):
     assert torch.equal(ops.expert_scatter(permuted, inverse, None), expected.bfloat16())
 
     grad_out, weights = torch.randn(4200, hidden_size).bfloat16(), torch.rand(4200, 2)
-    grad_permuted, grad_weights = torch.ops.usaf.expert_scatter_backward(grad_out, permuted, inverse, weights)
+    grad_permuted, grad_weights = on_device(
+        torch.ops.usaf.expert_scatter_backward, grad_out, permuted, inverse, weights
+    )
     owned = inverse >= 0
     scaled = torch.zeros_like(permuted)
     scaled[inverse[owned].long()] = (weights[..., None] * grad_out[:, None].float()).bfloat16()[owned]
@@ -127,6 +131,7 @@ def test_strided_inputs():
     assert torch.equal(strided, ops.expert_scatter(permuted, inverse, weights.contiguous()))
 
 
+@cpu_only
 def test_bad_arguments():
     x, index, weights = torch.randn(4, 6), torch.randint(3, (4, 2)), torch.rand(4, 2)
     permuted, _, inverse = ops.expert_gather(x, index, 3)
@@ -178,6 +183,7 @@ def test_double_backward_refuses():
         grad.sum().backward()
 
 
+@cpu_only
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_thread_count(dtype):
     x, index, weights = torch.randn(200, 512).to(dtype), routed(200, 4, 8), torch.rand(200, 4, requires_grad=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
-from torch.library import opcheck
-from usaf_ext import ops
+from devices import cpu_only, on_device, opcheck, ops
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["silu", "gelu_tanh", "swiglu_clamped"]
@@ -92,6 +93,7 @@ def test_strided_inputs():
     assert all(torch.equal(a, b) for a, b in zip(ops.glu_backward(grad_h, gate_up), expected))
 
 
+@cpu_only
 def test_bad_arguments():
     gate_up, grad_h = torch.randn(3, 8), torch.randn(3, 4)
     bias, weight = torch.randn(8), torch.randn(3)
@@ -119,7 +121,7 @@ def test_bad_arguments():
 def test_raw_op_refuses_a_bias_gradient():
     bias = torch.randn(8, requires_grad=True)
     with pytest.raises(NotImplementedError, match="bias"):
-        torch.ops.usaf.glu(torch.randn(3, 8), "silu", False, bias).sum().backward()
+        on_device(torch.ops.usaf.glu, torch.randn(3, 8), "silu", False, bias).sum().backward()
 
 
 def test_double_backward_refuses():
@@ -139,6 +141,7 @@ def test_opcheck(dtype):
     opcheck(torch.ops.usaf.glu_backward.default, (grad_h, gate_up, "swiglu_clamped", True, None, None))
 
 
+@cpu_only
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_same_bits_for_any_thread_count(activation):
     gate_up, grad_h, weight = torch.randn(200, 600).bfloat16(), torch.randn(200, 300).bfloat16(), torch.randn(200)

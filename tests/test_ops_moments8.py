@@ -6,9 +6,10 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from adam_oracles import HYPER, decode_moments, encode_moments, moment_map
+from devices import cpu_only, opcheck, ops
 from torch import Tensor
-from torch.library import opcheck
-from usaf_ext import ops
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def _quantize(values: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -118,6 +119,7 @@ def test_opcheck():
     opcheck(torch.ops.usaf.dequantize_moments8.default, (codes, absmax, True))
 
 
+@cpu_only
 def test_bad_arguments():
     codes, absmax = ops.empty_moments8((3, 300))
     for error, match, arguments in [

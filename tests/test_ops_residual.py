@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.library import opcheck
-from usaf_ext import _C, ops
+from devices import cpu_only, opcheck, ops
+from usaf_ext import _C
+
+pytestmark = pytest.mark.usefixtures("device")
 
 FORMATS = list(_C.FORMATS)
 SHAPES = [(0, 64), (3, 64), (5, 200), (2, 3, 70), (4, 1)]
@@ -68,6 +70,7 @@ def test_a_step_with_lr_0_reads_and_writes_the_same_residual(format):
     assert torch.equal(residual, ops.quantize_residual(stepped_from, codes, absmax, format))
 
 
+@cpu_only
 def test_bad_input():
     weight, codes, absmax = encoded((2, 70), "nf4")
     residual = torch.zeros(2, 70, dtype=torch.int8)

@@ -6,8 +6,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from torch.library import opcheck
-from usaf_ext import ops
+from devices import cpu_only, opcheck, ops
+
+pytestmark = pytest.mark.usefixtures("device")
 
 KEYS = {"seed": 2**40 + 7, "step": 5, "micro_batch": 2, "layer": 3}
 
@@ -46,6 +47,7 @@ def test_opcheck():
     opcheck(torch.ops.usaf.router_uniform_.default, (torch.empty(3, 5),), KEYS)
 
 
+@cpu_only
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
-from torch.library import opcheck
-from usaf_ext import ops
+from devices import cpu_only, opcheck, ops
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # tokens per expert, hidden_size, intermediate_size
@@ -123,6 +124,7 @@ def test_matches_autograd_of_a_whole_expert():
         torch.testing.assert_close(grad[:, matrix].double(), weight.grad, rtol=1e-4, atol=1e-4)
 
 
+@cpu_only
 def test_bad_arguments():
     x, grad_out, grad_gate_up, weighted_h, offsets = operands([4, 3], 10, 5, torch.float32)
     expert, index = torch.tensor([0, 1]).int(), torch.tensor([4, 0]).int()
@@ -199,6 +201,7 @@ def test_opcheck(dtype):
     opcheck(torch.ops.usaf.row_importance_.default, (torch.zeros(2, 5), *inputs, torch.zeros(2, 3, 5, 10).to(dtype)))
 
 
+@cpu_only
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_thread_count(dtype):
     inputs = operands([20, 0, 35, 9], 300, 40, dtype)

@@ -6,8 +6,10 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
+from devices import cpu_only, ops
 from test_ops_row_gradient import all_gradients, operands
-from usaf_ext import ops
+
+pytestmark = pytest.mark.usefixtures("device")
 
 # tokens per expert, hidden_size, intermediate_size
 CASES = [
@@ -44,6 +46,7 @@ def test_against_float64(isa, case, metric):
     assert torch.equal(importance[empty], before[empty])
 
 
+@cpu_only
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("case", CASES)
 def test_same_bits_for_any_thread_count(isa, case, metric):

@@ -6,12 +6,10 @@
 
 #include "../kernel_api.h"
 #include "../numerics/adam_quad.h"
+#include "alignment.h"
+#include "with_format.h"
 
 namespace usaf::gpu {
-
-inline bool is_multiple(const void* pointer, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
 
 // Whether every array's rows start at a multiple of four elements' bytes.
 inline bool rows_are_aligned(const MaskedAdamArgs& a) {
@@ -37,9 +35,7 @@ inline AdamGrid adam_grid(int64_t num_rows, int64_t resident, int64_t max_rows_p
 // body.operator()<kFormat, kMode, kMoments8>() with those of `args`; kMoments8: one of the moments or both are 8-bit.
 template <class Body>
 void with_adam_kernel(const MaskedAdamArgs& args, const Body& body) {
-  if (!is_multiple(args.codes, kRowAlign)) {
-    throw std::invalid_argument("codes: expected an address that is a multiple of 16");
-  }
+  check_codes(args.codes);
   const auto with_moments = [&]<Format kFormat, AdamMode kMode>() {
     args.exp_avg_absmax || args.exp_avg_sq_absmax ? body.template operator()<kFormat, kMode, true>()
                                                   : body.template operator()<kFormat, kMode, false>();
@@ -56,18 +52,7 @@ void with_adam_kernel(const MaskedAdamArgs& args, const Body& body) {
         return with_moments.template operator()<kFormat, AdamMode::eco>();
     }
   };
-  switch (args.format) {
-    case Format::bf16:
-      return with_mode.template operator()<Format::bf16>();
-    case Format::nf4:
-      return with_mode.template operator()<Format::nf4>();
-    case Format::nf4_f16:
-      return with_mode.template operator()<Format::nf4_f16>();
-    case Format::int8:
-      return with_mode.template operator()<Format::int8>();
-    case Format::fp8:
-      return with_mode.template operator()<Format::fp8>();
-  }
+  with_format(args.format, with_mode);
 }
 
 }  // namespace usaf::gpu

@@ -141,27 +141,34 @@ USAF_HD uint64_t encode_quad(const float (&weight)[kQuad], float inverse, const 
   return codes;
 }
 
-// What the encode lost: returned as residuals, or (eco) carried into exp_avg.
-template <Format kFormat, AdamMode kMode>
-USAF_HD uint32_t keep_error(const AdamScalars& scalars, uint64_t codes, float step, const Nf4Tables& tables, int count,
-                            AdamQuad& quad) {
+// What `codes` lack of `weight`, as residuals: the low byte for the first weight.
+template <Format kFormat>
+USAF_HD uint32_t encode_residual_quad(const float (&weight)[kQuad], uint64_t codes, float step,
+                                      const Nf4Tables& tables) {
   uint32_t residuals = 0;
   for (int i = 0; i < kQuad; ++i) {
     const uint32_t code = quad_code<kFormat>(codes, i);
-    const float error = quad.weight[i] - code_weight<kFormat>(code, step, tables);
-    if constexpr (kMode == AdamMode::residual) {
-      const int32_t residual = residual_encode(error, code_residual_unit<kFormat>(code, step, tables));
-      residuals |= (static_cast<uint32_t>(residual) & 0xffu) << 8 * i;
-    } else {
-      const float carried = eco_exp_avg(scalars, quad.exp_avg[i], quad.exp_avg_sq[i], error);
-      quad.exp_avg[i] = i < count ? carried : 0.0f;
-    }
+    const float error = weight[i] - code_weight<kFormat>(code, step, tables);
+    const int32_t residual = residual_encode(error, code_residual_unit<kFormat>(code, step, tables));
+    residuals |= (static_cast<uint32_t>(residual) & 0xffu) << 8 * i;
   }
   return residuals;
 }
 
-USAF_HD void decode_moments_quad(const Dynamic8& map, uint32_t codes, float absmax, float (&moment)[kQuad]) {
-  for (int i = 0; i < kQuad; ++i) moment[i] = map.value[(codes >> 8 * i) & 0xffu] * absmax;
+// Mode eco: what the encode lost goes into exp_avg.
+template <Format kFormat>
+USAF_HD void carry_error_quad(const AdamScalars& scalars, uint64_t codes, float step, const Nf4Tables& tables,
+                              int count, AdamQuad& quad) {
+  for (int i = 0; i < kQuad; ++i) {
+    const float error = quad.weight[i] - code_weight<kFormat>(quad_code<kFormat>(codes, i), step, tables);
+    const float carried = eco_exp_avg(scalars, quad.exp_avg[i], quad.exp_avg_sq[i], error);
+    quad.exp_avg[i] = i < count ? carried : 0.0f;
+  }
+}
+
+// `value`: that of a Dynamic8.
+USAF_HD void decode_moments_quad(const float (&value)[256], uint32_t codes, float absmax, float (&moment)[kQuad]) {
+  for (int i = 0; i < kQuad; ++i) moment[i] = value[(codes >> 8 * i) & 0xffu] * absmax;
 }
 
 USAF_HD uint32_t encode_moments_quad(const Dynamic8& map, const float (&moment)[kQuad], float inverse) {

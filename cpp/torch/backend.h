@@ -55,6 +55,9 @@ struct GpuBackend {
   static constexpr auto row_gradient = gpu::row_gradient;
   static constexpr auto row_importance = gpu::row_importance;
   static constexpr auto router_uniform = gpu::router_uniform;
+  static constexpr auto decode_residual = gpu::decode_residual;
+  static constexpr auto encode_residual = gpu::encode_residual;
+  static constexpr auto decode_moments8 = gpu::decode_moments8;
 
   class Guard {
    public:

@@ -98,7 +98,8 @@ void GpuDecoder::overlay_columns(const RowBank* bank, int64_t expert, const Deco
             .make_tensor();
     decoded.gate_up.index_copy_(0, targets.narrow(1, 0, 2).reshape(-1),
                                 values.narrow(1, 0, 2).reshape({-1, hidden_size}));
-    decoded.down.index_copy_(0, targets.select(1, kDown) - kDown * layout_.intermediate_size, values.select(1, kDown));
+    decoded.down.index_copy_(0, targets.select(1, kDown).sub(kDown * layout_.intermediate_size),
+                             values.select(1, kDown));
   }
 }
 

@@ -45,7 +45,7 @@ Tensor GpuBankNorm::finish() const {
   Tensor before = after_[0], norm_before = before.sum().sqrt();
   for (size_t i = 1; i < after_.size(); ++i) {
     const Tensor after = at::where(after_[i].lt(0), before, after_[i]), norm = after.sum().sqrt();
-    total += (norm - norm_before).to(at::kFloat);
+    total += norm.sub(norm_before).to(at::kFloat);
     before = after;
     norm_before = norm;
   }

@@ -171,14 +171,17 @@ Tensor dequantize_moments8(const Tensor& codes_in, const Tensor& absmax_in, bool
   return out;
 }
 
+template <class Backend>
+void register_adam(torch::Library& m) {
+  m.impl("masked_adam_", &masked_adam_<Backend>);
+  m.impl("dequantize_moments8", &dequantize_moments8<Backend>);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(usaf, CPU, m) {
-  m.impl("masked_adam_", &masked_adam_<CpuBackend>);
-  m.impl("dequantize_moments8", &dequantize_moments8<CpuBackend>);
-}
+TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_adam<CpuBackend>(m); }
 #ifdef USAF_WITH_GPU
-TORCH_LIBRARY_IMPL(usaf, USAF_GPU_KEY, m) { m.impl("masked_adam_", &masked_adam_<GpuBackend>); }
+TORCH_LIBRARY_IMPL(usaf, USAF_GPU_KEY, m) { register_adam<GpuBackend>(m); }
 #endif
 
 }  // namespace usaf

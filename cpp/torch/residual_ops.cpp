@@ -61,11 +61,17 @@ Tensor quantize_residual(const Tensor& weight_in, const Tensor& codes_in, const 
   return residual;
 }
 
+template <class Backend>
+void register_residual(torch::Library& m) {
+  m.impl("dequantize_residual", &dequantize_residual<Backend>);
+  m.impl("quantize_residual", &quantize_residual<Backend>);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(usaf, CPU, m) {
-  m.impl("dequantize_residual", &dequantize_residual<CpuBackend>);
-  m.impl("quantize_residual", &quantize_residual<CpuBackend>);
-}
+TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_residual<CpuBackend>(m); }
+#ifdef USAF_WITH_GPU
+TORCH_LIBRARY_IMPL(usaf, USAF_GPU_KEY, m) { register_residual<GpuBackend>(m); }
+#endif
 
 }  // namespace usaf

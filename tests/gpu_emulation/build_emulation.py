@@ -12,7 +12,7 @@ CXX = os.environ.get("CXX", "g++")
 # Alignment is checked by the undefined-behaviour sanitizer, sizes by the address sanitizer.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
-EXPERT_STEMS = ("sort", "gather", "glu", "row_gradient", "router_uniform")
+EXPERT_STEMS = ("sort", "gather", "glu", "row_gradient", "router_uniform", "residual", "moments8")
 
 _SOURCES = {
     "cuda": [HERE / "driver.cpp", HERE / "codec_driver.cpp", REPO / "cuda/codec.cu"],
@@ -49,7 +49,15 @@ def build_library(out: pathlib.Path, name: str, *, sanitize: bool = False, wave_
     command = [CXX, "-std=c++20", "-O0" if sanitize else "-O1", "-g1", "-fPIC", "-shared"]
     command += compile_flags(name.split("_")[-1], wave_size)
     command += SANITIZE if sanitize else []
-    command += ["-x", "c++", *map(str, _SOURCES[name]), str(HERE / "emulator.cpp"), "-o", str(library)]
+    command += [
+        "-x",
+        "c++",
+        *map(str, _SOURCES[name]),
+        str(HERE / "emulator.cpp"),
+        str(HERE / "runtime.cpp"),
+        "-o",
+        str(library),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")

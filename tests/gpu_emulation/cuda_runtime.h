@@ -1,15 +1,50 @@
 // Test-only: the CUDA names that cuda/ uses, over the emulator.
 #pragma once
 #include "emulator.h"
+#include "runtime.h"
 
 using cudaError_t = int;
 using cudaStream_t = void*;
 inline constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return emulator::take_last_error(); }
-inline const char* cudaGetErrorString(cudaError_t error) { return error == 0 ? "no error" : "emulated error"; }
+inline const char* cudaGetErrorString(cudaError_t error) { return emulator::runtime::error_text(error); }
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+
+// The runtime's part, for device.cu.
+using cudaEvent_t = void*;
+enum cudaMemcpyKind { cudaMemcpyDefault };
+inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostRegisterPortable = 1;
+inline constexpr cudaError_t cudaErrorNotReady = emulator::runtime::not_ready;
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : emulator::runtime::invalid_value; }
+inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  return *free = size_t{1} << 30, *total = size_t{2} << 30, cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  return emulator::runtime::create_stream(stream);
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { return emulator::runtime::destroy_stream(stream); }
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return emulator::runtime::create_event(event);
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return emulator::runtime::destroy_event(event); }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  return emulator::runtime::record(event, stream);
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  return emulator::runtime::stream_wait(stream, event);
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) { return emulator::runtime::query(event); }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) { return emulator::runtime::synchronize(event); }
+inline cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  return emulator::runtime::copy_async(dst, src, bytes, stream);
+}
+inline cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
+  return emulator::runtime::register_host(pointer, bytes);
+}
+inline cudaError_t cudaHostUnregister(void* pointer) { return emulator::runtime::unregister_host(pointer); }
 
 #define USAF_LAUNCH_KERNEL(kernel, grid, block, shared_bytes, stream, ...) \
   emulator::launch((grid), (block), (shared_bytes), (stream), 32, [&] { kernel(__VA_ARGS__); })

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -235,6 +236,8 @@ int lane() { return device.current->linear % device.warp; }
 int take_last_error() { return std::exchange(device.last_error, 0); }
 
 void launch(dim3 grid, dim3 shape, size_t shared_bytes, void* stream, int warp, const std::function<void()>& body) {
+  static std::mutex one_at_a_time;  // torch runs backward passes on a thread of their own
+  const std::lock_guard lock(one_at_a_time);
   control().last_stream = stream;
   ++control().launches;
   const uint64_t threads = uint64_t{shape.x} * shape.y * shape.z;

@@ -18,7 +18,8 @@ SCHEDULES = (0, 1, 9)  # threads ascending, descending, shuffled
 
 
 class Device:
-    """An emulated library. `skew`: elements by which every array misses a multiple of 16 bytes."""
+    """An emulated library. `skew`: elements by which every array but those of `aligned` misses a multiple of 16
+    bytes."""
 
     def __init__(self, path: str) -> None:
         self.native = ctypes.CDLL(path)
@@ -27,11 +28,12 @@ class Device:
         self.native.last_stream.restype = ctypes.c_void_p
         self.native.launches.restype = ctypes.c_int64
         self.skew = 0
+        self.aligned: frozenset[str] = frozenset()
 
     def run(self, launcher: str, **fields: Any) -> None:
         """One launch with the struct's fields. Arrays are copied to memory that ends with their last byte, and updated
         in place with what the kernels left there; the same array twice is the same memory. None is a null pointer."""
-        kind = kernel_calls.STRUCTS["".join(word.capitalize() for word in launcher.split("_")) + "Args"]
+        kind = kernel_calls.args_of(launcher)
         names = [name for name, _ in kind._fields_]
         if set(names) != set(fields):
             raise TypeError(f"{launcher}: fields {sorted(set(names) ^ set(fields))} are missing or unknown")
@@ -39,7 +41,7 @@ class Device:
         for name, value in fields.items():
             if isinstance(value, np.ndarray):
                 if id(value) not in arrays:
-                    skew = self.skew * value.itemsize
+                    skew = 0 if name in self.aligned else self.skew * value.itemsize
                     bases.append(ctypes.c_void_p(self.native.device_malloc(ctypes.c_size_t(value.nbytes + skew))))
                     arrays[id(value)] = (value, bases[-1].value + skew)
                     ctypes.memmove(arrays[id(value)][1], value.ctypes.data, value.nbytes)

@@ -1,4 +1,4 @@
-// Test-only: the launchers of the expert ops by name, each with its argument struct, for ctypes. Linked with the
+// Test-only: launchers by name, each with its argument struct, for ctypes. Linked with the
 // emulator and with the sources of cuda/ or of hip/ that define them.
 #include <functional>
 #include <map>
@@ -29,6 +29,9 @@ const std::map<std::string, Launch> launchers = {
     {"row_importance", typed(usaf::gpu::row_importance)},
     {"squares_of_rows", typed(usaf::gpu::squares_of_rows)},
     {"router_uniform", typed(usaf::gpu::router_uniform)},
+    {"decode_residual", typed(usaf::gpu::decode_residual)},
+    {"encode_residual", typed(usaf::gpu::encode_residual)},
+    {"decode_moments8", typed(usaf::gpu::decode_moments8)},
 };
 
 }  // namespace

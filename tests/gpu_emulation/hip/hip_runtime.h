@@ -1,6 +1,7 @@
 // Test-only: the HIP names that hip/ uses, over the emulator. HIP's collectives name no mask: they mean the whole wave.
 #pragma once
 #include "../emulator.h"
+#include "../runtime.h"
 
 #ifndef EMULATED_WAVE_SIZE
 #define EMULATED_WAVE_SIZE 32
@@ -10,10 +11,44 @@ using hipError_t = int;
 using hipStream_t = void*;
 inline constexpr hipError_t hipSuccess = 0;
 inline hipError_t hipGetLastError() { return emulator::take_last_error(); }
-inline const char* hipGetErrorString(hipError_t error) { return error == 0 ? "no error" : "emulated error"; }
+inline const char* hipGetErrorString(hipError_t error) { return emulator::runtime::error_text(error); }
 enum hipDeviceAttribute_t { hipDeviceAttributeMultiprocessorCount };
 inline hipError_t hipGetDevice(int* device) { return *device = 0, hipSuccess; }
 inline hipError_t hipDeviceGetAttribute(int* value, hipDeviceAttribute_t, int) { return *value = 1, hipSuccess; }
+
+// The runtime's part, for device.hip.
+using hipEvent_t = void*;
+enum hipMemcpyKind { hipMemcpyDefault };
+inline constexpr unsigned hipStreamNonBlocking = 1, hipEventDisableTiming = 2, hipHostRegisterPortable = 1;
+inline constexpr hipError_t hipErrorNotReady = emulator::runtime::not_ready;
+inline hipError_t hipGetDeviceCount(int* count) { return *count = 1, hipSuccess; }
+inline hipError_t hipSetDevice(int device) { return device == 0 ? hipSuccess : emulator::runtime::invalid_value; }
+inline hipError_t hipMemGetInfo(size_t* free, size_t* total) {
+  return *free = size_t{1} << 30, *total = size_t{2} << 30, hipSuccess;
+}
+inline hipError_t hipStreamCreateWithFlags(hipStream_t* stream, unsigned) {
+  return emulator::runtime::create_stream(stream);
+}
+inline hipError_t hipStreamDestroy(hipStream_t stream) { return emulator::runtime::destroy_stream(stream); }
+inline hipError_t hipEventCreateWithFlags(hipEvent_t* event, unsigned) {
+  return emulator::runtime::create_event(event);
+}
+inline hipError_t hipEventDestroy(hipEvent_t event) { return emulator::runtime::destroy_event(event); }
+inline hipError_t hipEventRecord(hipEvent_t event, hipStream_t stream) {
+  return emulator::runtime::record(event, stream);
+}
+inline hipError_t hipStreamWaitEvent(hipStream_t stream, hipEvent_t event, unsigned) {
+  return emulator::runtime::stream_wait(stream, event);
+}
+inline hipError_t hipEventQuery(hipEvent_t event) { return emulator::runtime::query(event); }
+inline hipError_t hipEventSynchronize(hipEvent_t event) { return emulator::runtime::synchronize(event); }
+inline hipError_t hipMemcpyAsync(void* dst, const void* src, size_t bytes, hipMemcpyKind, hipStream_t stream) {
+  return emulator::runtime::copy_async(dst, src, bytes, stream);
+}
+inline hipError_t hipHostRegister(void* pointer, size_t bytes, unsigned) {
+  return emulator::runtime::register_host(pointer, bytes);
+}
+inline hipError_t hipHostUnregister(void* pointer) { return emulator::runtime::unregister_host(pointer); }
 
 #define hipLaunchKernelGGL(kernel, grid, block, shared_bytes, stream, ...) \
   emulator::launch((grid), (block), (shared_bytes), (stream), EMULATED_WAVE_SIZE, [&] { kernel(__VA_ARGS__); })

@@ -19,7 +19,7 @@
 #include "../emulator.h"
 #include "host_view.h"
 #include "memory.h"
-#include "runtime.h"
+#include "random.h"
 
 namespace fake_gpu {
 namespace {

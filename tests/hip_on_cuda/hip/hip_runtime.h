@@ -16,6 +16,37 @@ inline hipError_t hipDeviceGetAttribute(int* value, cudaDeviceAttr attribute, in
   return cudaDeviceGetAttribute(value, attribute, device);
 }
 
+// The runtime's part, for device.hip.
+using hipEvent_t = cudaEvent_t;
+inline constexpr hipError_t hipErrorNotReady = cudaErrorNotReady;
+inline constexpr cudaMemcpyKind hipMemcpyDefault = cudaMemcpyDefault;
+inline constexpr unsigned hipStreamNonBlocking = cudaStreamNonBlocking, hipEventDisableTiming = cudaEventDisableTiming,
+                          hipHostRegisterPortable = cudaHostRegisterPortable;
+inline hipError_t hipGetDeviceCount(int* count) { return cudaGetDeviceCount(count); }
+inline hipError_t hipSetDevice(int device) { return cudaSetDevice(device); }
+inline hipError_t hipMemGetInfo(size_t* free, size_t* total) { return cudaMemGetInfo(free, total); }
+inline hipError_t hipStreamCreateWithFlags(hipStream_t* stream, unsigned flags) {
+  return cudaStreamCreateWithFlags(stream, flags);
+}
+inline hipError_t hipStreamDestroy(hipStream_t stream) { return cudaStreamDestroy(stream); }
+inline hipError_t hipEventCreateWithFlags(hipEvent_t* event, unsigned flags) {
+  return cudaEventCreateWithFlags(event, flags);
+}
+inline hipError_t hipEventDestroy(hipEvent_t event) { return cudaEventDestroy(event); }
+inline hipError_t hipEventRecord(hipEvent_t event, hipStream_t stream) { return cudaEventRecord(event, stream); }
+inline hipError_t hipStreamWaitEvent(hipStream_t stream, hipEvent_t event, unsigned flags) {
+  return cudaStreamWaitEvent(stream, event, flags);
+}
+inline hipError_t hipEventQuery(hipEvent_t event) { return cudaEventQuery(event); }
+inline hipError_t hipEventSynchronize(hipEvent_t event) { return cudaEventSynchronize(event); }
+inline hipError_t hipMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind, hipStream_t stream) {
+  return cudaMemcpyAsync(dst, src, bytes, kind, stream);
+}
+inline hipError_t hipHostRegister(void* pointer, size_t bytes, unsigned flags) {
+  return cudaHostRegister(pointer, bytes, flags);
+}
+inline hipError_t hipHostUnregister(void* pointer) { return cudaHostUnregister(pointer); }
+
 #define hipLaunchKernelGGL(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
 

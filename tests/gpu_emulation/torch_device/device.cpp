@@ -1,23 +1,30 @@
-// Test-only: what torch asks of a device besides kernels. One device; work on it is done when the call returns, so
-// streams and events have identities and nothing else.
-#include "runtime.h"
-
+// Test-only: what torch asks of a device besides kernels. One device. Torch's work on it is done when the call returns:
+// its streams are eager ones of the emulated runtime, so that an event recorded on one is done at once.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/Resize.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <pthread.h>
 
-#include <atomic>
-
+#include "../runtime.h"
 #include "memory.h"
+#include "random.h"
 
 namespace fake_gpu {
 namespace {
 
 constexpr auto kType = c10::DeviceType::PrivateUse1;
 
-thread_local c10::StreamId current_stream = 0;
-std::atomic<c10::StreamId> num_streams = 0;
+// Each thread's current stream: 0, or the address of the runtime's stream. No thread-local variable: one in this
+// library is a kernel's shared memory to the emulator.
+pthread_key_t current_stream_key() {
+  static const pthread_key_t key = [] {
+    pthread_key_t created{};
+    TORCH_CHECK(pthread_key_create(&created, nullptr) == 0, "pthread_key_create failed");
+    return created;
+  }();
+  return key;
+}
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kType; }
@@ -29,19 +36,19 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void uncheckedSetDevice(c10::Device) const noexcept override {}
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
 
-  c10::Stream getStream(c10::Device) const override { return stream(current_stream); }
-  c10::Stream getDefaultStream(c10::Device) const override { return stream(0); }
-  c10::Stream getStreamFromGlobalPool(c10::Device, bool) const override { return stream(++num_streams); }
-  c10::Stream getNewStream(c10::Device, int) const override { return stream(++num_streams); }
+  c10::Stream getStream(c10::Device) const override { return stream(pthread_getspecific(current_stream_key())); }
+  c10::Stream getDefaultStream(c10::Device) const override { return stream(nullptr); }
+  c10::Stream getStreamFromGlobalPool(c10::Device, bool) const override { return new_stream(); }
+  c10::Stream getNewStream(c10::Device, int) const override { return new_stream(); }
   c10::Stream exchangeStream(c10::Stream next) const override {
-    const c10::StreamId previous = current_stream;
-    current_stream = next.id();
-    return stream(previous);
+    const c10::Stream previous = getStream(kDevice);
+    TORCH_CHECK(pthread_setspecific(current_stream_key(), next.native_handle()) == 0, "pthread_setspecific failed");
+    return previous;
   }
   void* getStreamNativeHandle(const c10::Stream of) const override { return reinterpret_cast<void*>(of.id()); }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeDevice(c10::DeviceIndex) const override {}
+  void synchronizeDevice(c10::DeviceIndex) const override { emulator::runtime::synchronize_device(); }
 
   void record(void** event, const c10::Stream& of, c10::DeviceIndex, c10::EventFlag) const override {
     *event = reinterpret_cast<void*>(of.id() + 1);  // anything but null, which means never recorded
@@ -52,7 +59,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   double elapsedTime(void*, void*, c10::DeviceIndex) const override { return 0; }
 
  private:
-  static c10::Stream stream(c10::StreamId id) { return c10::Stream(c10::Stream::UNSAFE, kDevice, id); }
+  static c10::Stream stream(void* handle) {
+    return c10::Stream(c10::Stream::UNSAFE, kDevice, reinterpret_cast<c10::StreamId>(handle));
+  }
+  static c10::Stream new_stream() {
+    void* handle = nullptr;
+    emulator::runtime::create_eager_stream(&handle);  // torch keeps a device's streams to the end of the process
+    return stream(handle);
+  }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 

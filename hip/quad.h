@@ -1,0 +1,93 @@
+// Four neighbouring elements of a row, one lane's part (numerics/adam_quad.h), from and to memory.
+#pragma once
+#include <cstdint>
+
+#include "numerics/adam_quad.h"
+#include "pack.h"
+
+namespace usaf::gpu {
+
+__device__ constexpr Nf4Tables kNf4 = kNf4Tables;
+
+// Into LDS, by the first 16 threads of a workgroup; a barrier must follow.
+__device__ __forceinline__ void copy_nf4_tables(Nf4Tables& tables, int thread) {
+  if (thread >= 16) return;
+  tables.value[thread] = kNf4.value[thread];
+  tables.gap[thread] = kNf4.gap[thread];
+}
+
+__device__ __forceinline__ int quad_count(int64_t col, int64_t cols) {
+  return static_cast<int>(col >= cols ? 0 : cols - col < kQuad ? cols - col : kQuad);
+}
+
+// Pack elements of kBytes each in as few words as hold them, zeros past `count`. `wide`: every row starts where
+// accesses of four elements may.
+template <int kBytes>
+__device__ __forceinline__ Pack load_four(const uint8_t* __restrict__ source, int count, bool wide) {
+  Pack four = {};
+  if (wide && count == kQuad) {
+    if constexpr (kBytes == 4) {
+      return load_wide(source);
+    } else if constexpr (kBytes == 2) {
+      const uint2 half = *reinterpret_cast<const uint2*>(source);
+      four = {{half.x, half.y}};
+    } else {
+      four.word[0] = *reinterpret_cast<const uint32_t*>(source);
+    }
+    return four;
+  }
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    if (i >= count) continue;
+    if constexpr (kBytes == 4) four.word[i] = reinterpret_cast<const uint32_t*>(source)[i];
+    if constexpr (kBytes == 2) {
+      four.word[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(source)[i]) << i % 2 * 16;
+    }
+    if constexpr (kBytes == 1) four.word[0] |= static_cast<uint32_t>(source[i]) << 8 * i;
+  }
+  return four;
+}
+
+template <int kBytes>
+__device__ __forceinline__ void store_four(uint8_t* __restrict__ target, const Pack& four, int count, bool wide) {
+  if (wide && count == kQuad) {
+    if constexpr (kBytes == 4) {
+      store_wide(target, four);
+    } else if constexpr (kBytes == 2) {
+      *reinterpret_cast<uint2*>(target) = make_uint2(four.word[0], four.word[1]);
+    } else {
+      *reinterpret_cast<uint32_t*>(target) = four.word[0];
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    if (i >= count) continue;
+    if constexpr (kBytes == 4) reinterpret_cast<uint32_t*>(target)[i] = four.word[i];
+    if constexpr (kBytes == 2) {
+      reinterpret_cast<uint16_t*>(target)[i] = static_cast<uint16_t>(four.word[i / 2] >> i % 2 * 16);
+    }
+    if constexpr (kBytes == 1) target[i] = static_cast<uint8_t>(four.word[0] >> 8 * i);
+  }
+}
+
+// The codes of a quad. A row's codes end in padding, so a quad's are there even where the row ends inside it.
+template <Format kFormat>
+__device__ __forceinline__ uint64_t load_codes(const uint8_t* __restrict__ source) {
+  if constexpr (is_nf4(kFormat)) return *reinterpret_cast<const uint16_t*>(source);
+  if constexpr (kFormat == Format::bf16) return *reinterpret_cast<const uint64_t*>(source);
+  return *reinterpret_cast<const uint32_t*>(source);
+}
+
+template <Format kFormat>
+__device__ __forceinline__ void store_codes(uint8_t* __restrict__ target, uint64_t codes) {
+  if constexpr (is_nf4(kFormat)) {
+    *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(codes);
+  } else if constexpr (kFormat == Format::bf16) {
+    *reinterpret_cast<uint64_t*>(target) = codes;
+  } else {
+    *reinterpret_cast<uint32_t*>(target) = static_cast<uint32_t>(codes);
+  }
+}
+
+}  // namespace usaf::gpu

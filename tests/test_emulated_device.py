@@ -1,0 +1,64 @@
+"""The GPU build of the extension without a GPU: the real sources of cuda/ and hip/ under the emulator, on a torch
+device of the tests' own. It is built here, and what takes a device is tested on it in a process of its own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import devices
+import pytest
+from usaf_ext import self_check
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS / "gpu_emulation"))
+build_device = importlib.import_module("build_device")
+
+if devices.is_emulated():
+    pytest.skip("this is the emulated build", allow_module_level=True)
+if build_device.missing_tools():
+    pytest.skip(f"to build it takes {' and '.join(build_device.missing_tools())}", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", params=["cuda", pytest.param("hip", marks=pytest.mark.slow)])
+def package(request):
+    return build_device.build(request.param)
+
+
+def run(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(package), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent)
+
+
+def check_passed(result: subprocess.CompletedProcess[str], at_least: int) -> None:
+    """pytest passed, and this many tests."""
+    tail = result.stdout[-8000:] + result.stderr[-2000:]
+    assert result.returncode == 0, tail
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None, tail
+    assert int(passed.group(1)) >= at_least, tail
+    assert "skipped" not in result.stdout.splitlines()[-1], tail
+
+
+def test_the_device_itself(package):
+    check_passed(run(package, "-m", "pytest", str(TESTS / "test_fake_gpu.py")), 20)
+
+
+def test_the_ops(package):
+    files = [*sorted(TESTS.glob("test_ops_*.py")), TESTS / "test_row_importance.py"]
+    check_passed(run(package, "-m", "pytest", "-k", "fake_gpu or test_ops_devices", *map(str, files)), 1000)
+
+
+def test_the_self_check(package):
+    result = run(package, "-m", "usaf_ext.cli", "info", "--check")
+    lines = [line.split() for line in result.stdout.splitlines() if "fake_gpu:0" in line]
+    statuses = [line[0] for line in lines if line[1] == "fake_gpu:0"]
+    assert len(statuses) == len(self_check.checks()), result.stdout + result.stderr
+    assert set(statuses) <= {"pass", "absent"}, result.stdout
+    assert result.returncode == 0
