@@ -43,7 +43,6 @@ def check_passed(result: subprocess.CompletedProcess[str], at_least: int) -> Non
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None, tail
     assert int(passed.group(1)) >= at_least, tail
-    assert "skipped" not in result.stdout.splitlines()[-1], tail
 
 
 def test_the_device_itself(package):
