@@ -88,9 +88,9 @@ def bank_state(model):
 
 
 def same_bits(first, second):
-    """Whether two nested structures of dicts, lists and tensors hold the same bits."""
+    """Whether two nested structures of dicts, lists and tensors hold the same bits, wherever they lie."""
     if isinstance(first, torch.Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
+        return first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same_bits(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
