@@ -13,9 +13,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs with --run-slow only")
+    config.addinivalue_line("markers", "gpu_code: compiles or emulates the GPU sources (make test-gpu-code)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.name.startswith(("test_gpu_", "test_emulated_")):
+            item.add_marker("gpu_code")
     items[:] = [item for item in items if devices.worth_running(getattr(item, "callspec", None))]
     if config.getoption("--run-slow"):
         return

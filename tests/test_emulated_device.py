@@ -54,6 +54,10 @@ def test_the_ops(package):
     check_passed(run(package, "-m", "pytest", "-k", "fake_gpu or test_ops_devices", *map(str, files)), 1000)
 
 
+def test_the_expert_layer(package):
+    check_passed(run(package, "-m", "pytest", str(TESTS / "test_gpu_layer.py")), 25)
+
+
 def test_the_self_check(package):
     result = run(package, "-m", "usaf_ext.cli", "info", "--check")
     lines = [line.split() for line in result.stdout.splitlines() if "fake_gpu:0" in line]

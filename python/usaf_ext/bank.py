@@ -15,9 +15,11 @@ from .bank_rows import (
     Rows,
     check_neurons,
     neurons_at,
+    overlay_rows,
     positions_of,
     store_rows,
 )
+from .devices import resolve_device, send
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,11 +33,6 @@ ROUNDINGS = ("stochastic", "nearest")
 GRAD_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def host_memory(like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor in host memory, of the dtype and shape of `like`; pinned if `device` is a GPU."""
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=device.type == "cuda")
-
-
 class RowBank:
     """Codes, scales and gradient of one layer's trained neurons, and what is kept beside the codes.
 
@@ -45,19 +42,21 @@ class RowBank:
     update of each mode: ops.masked_adam_.
 
     Placement "host" keeps what only the optimizer needs in host memory: master or residual, the moments, and copies of
-    codes and scales; the update runs on the CPU, `grad` crosses to it and the new codes come back (`publish`).
+    codes and scales; the update runs on the CPU, `grad` crosses to it and the new codes come back (`publish`; from a
+    GPU and back: usaf_ext.host_updates).
 
     Attributes (n neurons, E experts, H hidden_size; on `device` unless said otherwise):
         layer: MoE layer number. format: one of `_C.FORMATS`. mode: one of BANK_MODES.
         rounding: "stochastic" or "nearest", of modes "in_place" and "eco". placement: "device" or "host".
         neuron_expert, neuron_index: int32 [n], sorted by (expert, neuron).
+        overlay_rows: on a GPU int64 [n, 3], see bank_rows.overlay_rows; on the CPU None.
         codes: uint8 [n, 3, code_bytes]. absmax: ops.scale_dtype(format) [n, 3, num_blocks].
         state_codes, state_absmax: what the optimizer updates: codes and absmax themselves or, of a trainable bank in
             placement "host", their copies in host memory.
         master: [n, 3, H], bfloat16 or float32, residual: int8 [n, 3, H], where the placement says; or None.
         grad: float32 or bfloat16 [n, 3, H] that the expert layer's backward adds to; None: the bank is not trainable.
         expert_hit: uint8 [E] on the CPU; backward sets 1 where an expert's gradients were added.
-        grad_squares: float64 [E] on the CPU: the sum of squares of each expert's rows of grad, kept by backward.
+        grad_squares: float64, sums of squares of grad, kept by backward: [E], of each expert's rows; on a GPU [n, 3].
         native: the C++ view of these tensors.
     """
 
@@ -113,22 +112,25 @@ class RowBank:
         self.layer, self.format, self.mode = layer, format, mode
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.rounding, self.placement, self.grad_dtype = rounding, placement, grad_dtype
-        self.device = torch.device(device)
+        device = self.device = resolve_device(device)
         self.positions = positions_of(neuron_expert, neuron_index, intermediate_size).cpu()
         self.neuron_expert = neuron_expert.to(device).contiguous()
         self.neuron_index = neuron_index.to(device).contiguous()
+        on_gpu = device.type != "cpu"
+        self.overlay_rows = overlay_rows(self.neuron_index, intermediate_size) if on_gpu else None
         self.codes = codes.to(device).contiguous()
         self.absmax = absmax.to(device).contiguous()
         in_host = placement == "host"
         self.state_codes, self.state_absmax = self.codes, self.absmax
         if in_host and trainable:
-            self.state_codes, self.state_absmax = (self._to_host(tensor) for tensor in (codes, absmax))
+            self.state_codes, self.state_absmax = (_host_copy(tensor) for tensor in (codes, absmax))
         self.master, self.residual = (
-            None if kept is None else self._to_host(kept) if in_host else kept.to(device).contiguous()
+            None if kept is None else _host_copy(kept) if in_host else kept.to(device).contiguous()
             for kept in (master, residual)
         )
         self.expert_hit = torch.zeros(num_experts, dtype=torch.uint8)
-        self.grad_squares = torch.zeros(num_experts, dtype=torch.float64)
+        squares = (n, ROWS_PER_NEURON) if on_gpu else (num_experts,)
+        self.grad_squares = torch.zeros(squares, dtype=torch.float64, device=device)
         self.grad: torch.Tensor | None = None
         self.grad_buffer: torch.Tensor | None = None
         if trainable and grad_buffer is None:
@@ -137,9 +139,6 @@ class RowBank:
             self.use_gradient_buffer(grad_buffer)
         else:
             self.native = self._native()
-
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return host_memory(tensor, self.device).copy_(tensor)
 
     def _native(self) -> _C.RowBank:
         neuron_expert, neuron_index = neurons_at(self.positions, self.intermediate_size)
@@ -158,7 +157,7 @@ class RowBank:
             self.neuron_index.data_ptr(),
             self.expert_hit.data_ptr(),
             self.grad_squares.data_ptr(),
-            0,
+            0 if self.overlay_rows is None else self.overlay_rows.data_ptr(),
         )
 
     @classmethod
@@ -258,6 +257,8 @@ class RowBank:
     def device_bytes(self) -> int:
         """Bytes of the tensors on `device`, without a gradient buffer that is shared."""
         held = [self.neuron_expert, self.neuron_index, self.codes, self.absmax]
+        if self.overlay_rows is not None:
+            held += [self.overlay_rows, self.grad_squares]
         if self.grad is not None and self.grad_buffer is None:
             held.append(self.grad)
         if self.placement == "device":
@@ -267,7 +268,9 @@ class RowBank:
     @property
     def host_bytes(self) -> int:
         """Bytes of the tensors in host memory, whatever the device is."""
-        held = [self.positions, self.expert_hit, self.grad_squares]
+        held = [self.positions, self.expert_hit]
+        if self.device.type == "cpu":
+            held.append(self.grad_squares)
         if self.placement == "host":
             held += [tensor for tensor in self.rows.values() if tensor is not self.codes and tensor is not self.absmax]
         return sum(tensor.nbytes for tensor in held)
@@ -291,14 +294,14 @@ class RowBank:
     def publish(self) -> None:
         """Copy updated codes and scales from host memory to the device; nothing to do in placement "device"."""
         if self.state_codes is not self.codes:
-            # The next update reads grad on this stream first, so the host tensors are not written before they are read.
-            self.codes.copy_(self.state_codes, non_blocking=True)
-            self.absmax.copy_(self.state_absmax, non_blocking=True)
+            self.codes.copy_(self.state_codes)
+            self.absmax.copy_(self.state_absmax)
 
     def active_rows(self) -> torch.Tensor:
-        """bool [n, 3], where the update runs: rows of experts that got gradients since zero_grad."""
-        hit = self.expert_hit[self.positions // self.intermediate_size].bool()
-        return hit[:, None].expand(-1, ROWS_PER_NEURON).contiguous().to(self.state_device)
+        """bool [n, 3], where the update runs: rows of experts that got gradients since zero_grad. No host wait."""
+        hit = send(self.expert_hit.bool(), self.state_device)
+        experts = self.neuron_expert if self.state_device == self.device else self.positions // self.intermediate_size
+        return hit[experts.long()][:, None].expand(-1, ROWS_PER_NEURON).contiguous()
 
     def zero_grad(self) -> None:
         """Clear the gradient, its sums of squares and the record of experts that got one."""
@@ -308,8 +311,8 @@ class RowBank:
         self.grad_squares.zero_()
 
     def grad_norm(self) -> torch.Tensor:
-        """The Euclidean norm of `grad`, float64, 0-dim on `device`, from the sums that backward keeps."""
-        return self.grad_squares.sum().sqrt().to(self.device)
+        """The Euclidean norm of `grad`, float64, 0-dim on `device`, from the sums that backward keeps. No host wait."""
+        return self.grad_squares.sum().sqrt()
 
     def use_gradient_buffer(self, buffer: torch.Tensor) -> None:
         """Keep the gradient at the beginning of `buffer` (cleared); a layer that holds this bank must be set again.
@@ -324,6 +327,12 @@ class RowBank:
         self.grad = buffer[: self.num_parameters].view(self.num_neurons, ROWS_PER_NEURON, self.hidden_size)
         self.zero_grad()
         self.native = self._native()
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    # Pageable even beside a GPU: what crosses does so through pinned buffers (host_updates), and pinned memory comes in
+    # powers of two.
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def check_options(*, mode: str, rounding: str, grad_dtype: torch.dtype, placement: str) -> None:

@@ -68,6 +68,13 @@ def neurons_at(positions: torch.Tensor, intermediate_size: int) -> tuple[torch.T
     return (positions // intermediate_size).int(), (positions % intermediate_size).int()
 
 
+def overlay_rows(neuron_index: torch.Tensor, intermediate_size: int) -> torch.Tensor:
+    """Where neurons' rows go in a decoded expert [3 * intermediate_size, hidden_size], gate above up above down^T:
+    int64 [n, 3] = matrix * intermediate_size + neuron_index, on the device of neuron_index."""
+    first = torch.arange(ROWS_PER_NEURON, device=neuron_index.device) * intermediate_size
+    return neuron_index.long()[:, None] + first
+
+
 def store_rows(
     store: ExpertStore,
     layer: int,

@@ -48,6 +48,14 @@ def _add_host_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda or cuda:N (default: auto, a GPU if there is one and this build has kernels for it)",
+    )
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a Hugging Face checkpoint, a store or a run folder")
     parser.add_argument(
@@ -61,11 +69,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="page slots plus decode scratch on the device, e.g. 8GiB (default: auto)",
     )
     _add_host_budget(parser)
+    _add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default=None,
-        help="compute dtype (default: the checkpoint's); float16 trains with loss scaling",
+        help="compute dtype (default: the checkpoint's, but float16 on a GPU without bfloat16); float16 trains with "
+        "loss scaling",
     )
     parser.add_argument("--originals", default=None, help="folder of the original checkpoint, if a store has moved")
 
@@ -84,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo_run", help="folder for the run, plots and report (default: demo_run)")
     demo.add_argument("--router", choices=("frozen", "topk"), default="frozen", help="train the router too: topk")
     demo.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
+    _add_device(demo)
 
     info = commands.add_parser("info", help="backends, devices, threads and versions")
     info.add_argument("--check", action="store_true", help="test every op and the pager on every device present")

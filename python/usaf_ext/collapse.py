@@ -24,8 +24,8 @@ class CollapseMonitor:
         collapsed: the layers that were collapsed in the latest full window.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str = "cpu") -> None:
-        self._window = LoadTracker(num_layers, num_experts, device)
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._window = LoadTracker(num_layers, num_experts)
         self._judged = False
         self.collapsed: list[CollapsedLayer] = []
 
@@ -50,7 +50,7 @@ class CollapseMonitor:
     def _judge(self) -> bool:
         before, self.collapsed, self._judged = self.collapsed, self._window.collapsed(), True
         num_layers, num_experts = self._window.counts.shape
-        self._window = LoadTracker(num_layers, num_experts, self._window.counts.device)
+        self._window = LoadTracker(num_layers, num_experts)
         known = {layer.layer for layer in before}
         for layer in self.collapsed:
             if layer.layer not in known:

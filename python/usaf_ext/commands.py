@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import _C, __version__
+from .devices import describe_device, gpus, has_bfloat16, open_device, resolve_device
 from .sizes import format_size
 
 _SHOWN_PACKAGES = ("torch", "transformers", "safetensors", "numpy")
@@ -17,6 +18,8 @@ _SHOWN_PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 def _load(arguments: argparse.Namespace):
     from .loading import load_model
 
+    device = resolve_device(arguments.device, "--device")
+    print(f"device {describe_device(device)}")
     return load_model(
         arguments.model,
         format=arguments.format,
@@ -24,13 +27,15 @@ def _load(arguments: argparse.Namespace):
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         originals=arguments.originals,
         host_budget=arguments.host_budget,
+        device=device,
     )
 
 
-def _gpu_ops() -> list[str]:
-    """Ops of this build with a kernel under torch's CUDA key, which ROCm shares."""
+def _gpu_ops(device_type: str) -> list[str]:
+    """Ops of this build with a kernel for GPUs of this torch device type."""
+    key = torch._C._dispatch_key_for_device(device_type)
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("usaf::")]
-    on_gpu = [name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
+    on_gpu = [name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)]
     return sorted(name.removeprefix("usaf::") for name in on_gpu)
 
 
@@ -46,11 +51,14 @@ def info(arguments: argparse.Namespace) -> int:
     capability = torch.backends.cpu.get_cpu_capability()
     rows.append(("cpu backend", f"all ops; {torch.get_num_threads()} threads, torch uses {capability}"))
     gpu = _C.GPU_BACKEND
-    rows.append(("gpu backend", f"{gpu}: {', '.join(_gpu_ops())}" if gpu else "not built"))
-    if gpu and torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(number)
-            rows.append((f"device {number}", f"{properties.name}, {format_size(properties.total_memory)}"))
+    found = gpus()
+    ops = _gpu_ops(found[0].type if found else "cuda")  # ROCm's too: torch calls its devices so
+    rows.append(("gpu backend", f"{gpu}: {', '.join(ops)}" if gpu else "not built"))
+    for device in found:
+        free, total = open_device(device).memory_info()
+        bfloat16 = "" if has_bfloat16(device) else ", no bfloat16: float16 with loss scaling"
+        memory = f"{format_size(total)}, {format_size(free)} free"
+        rows.append((str(device), f"{describe_device(device)}, {memory}{bfloat16}"))
     rows.append(("formats", ", ".join(_C.FORMATS)))
     for name, value in rows:
         print(f"{name:14} {value}")
@@ -117,7 +125,7 @@ def train(arguments: argparse.Namespace) -> int:
     print(
         f"{result.out_dir}: {result.steps} steps, {result.trained_parameters:,} parameters "
         f"({100 * result.density:.2f}% of the neurons), {result.tokens_per_second:.0f} tokens/s, "
-        f"{format_size(memory.device_bytes)} for paging"
+        f"{format_size(memory.device_bytes)} for paging, on {result.device}"
     )
     for name, losses in result.evaluations.items():
         print(f"{name}: " + ", ".join(f"loss {loss:.4f} at step {step}" for step, loss in losses.items()))

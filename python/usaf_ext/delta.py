@@ -205,7 +205,7 @@ def _bank_of(layer: PagedLayer, delta: Delta, rows: dict[str, torch.Tensor] | No
             num_experts=layer.num_experts,
             hidden_size=layer.hidden_size,
             intermediate_size=layer.intermediate_size,
-            device=layer.anchor.device,
+            device=layer.device,
             **own,
             **options,
         )

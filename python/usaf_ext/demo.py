@@ -7,7 +7,6 @@ import datetime
 import gc
 import json
 import logging
-import platform
 import shutil
 import time
 from dataclasses import replace
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from . import __version__
 from .checkpoint_source import ModelSource
 from .data import PackedDataset
+from .devices import check_compute_dtype, describe_device, resolve_device
 from .errors import UsafError
 from .evaluation import evaluate
 from .experts import expert_memory, paged_layers, trained_banks
@@ -71,10 +71,16 @@ def expert_payload_bytes(store: ExpertStore) -> int:
 
 
 def run_once(
-    store: Path, budget: int, dtype: torch.dtype, config: TrainConfig, data: dict[str, PackedDataset], out: Path
+    store: Path,
+    budget: int,
+    dtype: torch.dtype,
+    config: TrainConfig,
+    data: dict[str, PackedDataset],
+    out: Path,
+    device: torch.device,
 ) -> tuple[LoadedModel, TrainResult]:
-    """Load the store and train with `config` into the run folder `out`, evaluating both held-out texts."""
-    loaded = load_model(store, device_budget=budget, dtype=dtype, originals=MODEL)
+    """Load the store onto `device` and train with `config` into the run folder `out`, evaluating the held-out texts."""
+    loaded = load_model(store, device_budget=budget, dtype=dtype, originals=MODEL, device=device)
     heldout = {name: data[name] for name in ("new", "old")}
     result = train(
         loaded.model, data["train"], config, out, eval_datasets=heldout, base=str(store), originals=loaded.originals
@@ -82,9 +88,10 @@ def run_once(
     return loaded, result
 
 
-def _plain_loss(folder: Path, dtype: torch.dtype, sequences: PackedDataset) -> float:
+def _plain_loss(folder: Path, dtype: torch.dtype, sequences: PackedDataset, device: torch.device) -> float:
     """Loss of a checkpoint in plain transformers, none of our code in its way."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.to(device)  # type: ignore[arg-type]
     return evaluate(model, sequences, EVAL_BATCH)
 
 
@@ -96,7 +103,7 @@ def _untrained_bit_identical(source: ModelSource, exported: ModelSource, layers,
     for layer in layers:
         bank = layer.bank
         for expert in range(layer.num_experts):
-            mine = bank.neuron_index[bank.neuron_expert == expert].long() if bank is not None else []
+            mine = bank.neuron_index[bank.neuron_expert == expert].long().cpu() if bank is not None else []
             keep = torch.ones(layer.intermediate_size, dtype=torch.bool)
             keep[mine] = False
             gate, up, down = zip(source.expert(layer.index, expert), exported.expert(layer.index, expert))
@@ -113,13 +120,15 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def demo(arguments: argparse.Namespace) -> int:
     """Quantise, fine-tune at most 2% of the expert neurons under a quarter of the expert bytes, export, verify."""
     started = time.perf_counter()
+    device = resolve_device(arguments.device, "--device")
+    dtype = getattr(torch, arguments.dtype)
+    check_compute_dtype(dtype, device, "--dtype")
     out = Path(arguments.out)
     if out.exists():
         if not (out / REPORT).is_file() and any(out.iterdir()):
             raise FileExistsError(f"--out: {out} is not empty and holds no demo; choose another folder")
         shutil.rmtree(out)
     out.mkdir(parents=True)
-    dtype = getattr(torch, arguments.dtype)
     config = replace(CONFIG, router=arguments.router)
 
     source = ModelSource.open(MODEL)
@@ -130,13 +139,14 @@ def demo(arguments: argparse.Namespace) -> int:
     budget = expert_bytes // 4
     data = texts(AutoTokenizer.from_pretrained(MODEL))
     print(f"store {out / 'store'}: {pages} experts, {format_size(expert_bytes)} in NF4; device budget {budget} bytes")
+    print(f"device {describe_device(device)}")
 
     print("control run: everything runs, nothing is updated")
-    _, control = run_once(out / "store", budget, dtype, replace(config, optimizer=None), data, out / "control")
+    _, control = run_once(out / "store", budget, dtype, replace(config, optimizer=None), data, out / "control", device)
     shutil.rmtree(out / "control")
     gc.collect()
     print("main run")
-    loaded, result = run_once(out / "store", budget, dtype, config, data, out / "run")
+    loaded, result = run_once(out / "store", budget, dtype, config, data, out / "run", device)
     memory, layers = expert_memory(loaded.model), paged_layers(loaded.model)
 
     print("exports, each loaded in plain transformers")
@@ -156,7 +166,7 @@ def demo(arguments: argparse.Namespace) -> int:
             base=base,
             dtype=dtype if base == "dequantized" else None,
         )
-        exported[base] = _plain_loss(folder, dtype, data["new"])
+        exported[base] = _plain_loss(folder, dtype, data["new"], device)
 
     new, old = result.evaluations["new"], result.evaluations["old"]
     stats = memory.stats()
@@ -177,7 +187,7 @@ def demo(arguments: argparse.Namespace) -> int:
         "tokens_per_second": result.tokens_per_second,
         "load_entropy": result.load_entropy,
         "router_trained": bool(routers),
-        "quantisation_gap": new[0] - _plain_loss(MODEL, dtype, data["new"]),
+        "quantisation_gap": new[0] - _plain_loss(MODEL, dtype, data["new"], device),
         "loss_new_export_original": exported["original"],
         "loss_new_export_dequantized": exported["dequantized"],
         "untrained_bit_identical": _untrained_bit_identical(
@@ -185,7 +195,7 @@ def demo(arguments: argparse.Namespace) -> int:
         ),
     }
     report["seconds"] = time.perf_counter() - started
-    report |= _environment(arguments)
+    report |= _environment(arguments, device)
     for plot in ("loss.png", "expert_load.png"):
         shutil.copyfile(out / "run" / plot, out / plot)
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -195,12 +205,11 @@ def demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _environment(arguments: argparse.Namespace) -> dict[str, Any]:
+def _environment(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What the figures were seen on."""
     return {
-        "command": f"usaf-ext demo --router {arguments.router} --dtype {arguments.dtype}",
-        "device": f"cpu: {platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+        "command": f"usaf-ext demo --router {arguments.router} --dtype {arguments.dtype} --device {arguments.device}",
+        "device": describe_device(device),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"usaf_ext": __version__},
         "date": datetime.date.today().isoformat(),
     }
@@ -236,6 +245,7 @@ def _print_table(report: dict[str, Any], config: TrainConfig, expert_bytes: int)
             f"{report['stall_seconds']:.2f} s",
         ),
         ("load entropy per layer (1 = even)", ", ".join(f"{value:.3f}" for value in report["load_entropy"])),
+        ("device", report["device"]),
         ("training speed", f"{report['tokens_per_second']:.0f} tokens/s"),
         ("whole demo", f"{report['seconds']:.0f} s"),
     ]

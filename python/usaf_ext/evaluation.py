@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .devices import read_numbers, send
 from .loss import causal_lm_loss
 
 
@@ -16,7 +17,7 @@ def evaluate(model: nn.Module, sequences: Iterable[torch.Tensor], batch_size: in
 
     Args:
         model: a causal language model of transformers. Its training flags are as before afterwards.
-        sequences: int64 [num_tokens] each (a `PackedDataset`); neighbours of one length share a batch.
+        sequences: int64 [num_tokens] on the CPU each (a `PackedDataset`); neighbours of one length share a batch.
         batch_size: sequences in one forward.
 
     Raises ValueError for no sequences or a batch size below 1, UsafError from the model's experts, and
@@ -28,18 +29,21 @@ def evaluate(model: nn.Module, sequences: Iterable[torch.Tensor], batch_size: in
     if not everything:
         raise ValueError("sequences: expected at least one")
     modes = {module: module.training for module in model.modules()}
-    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
     try:
         model.eval()
         with torch.no_grad():
             for batch in _batches(everything, batch_size):
-                loss, targets = causal_lm_loss(model, batch)
-                total += float(loss)
-                count += int(targets)
+                loss, targets = causal_lm_loss(model, send(batch, device))
+                total += loss
+                count += targets
     finally:
         for module, training in modes.items():
             module.training = training
-    mean = total / count
+    loss_sum, num_targets = read_numbers(total, count)
+    mean = loss_sum / num_targets
     if not math.isfinite(mean):
         raise FloatingPointError(f"the evaluation loss is {mean}")
     return mean

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
+from .devices import resolve_device
 from .errors import UsafError
 from .memory import ExpertMemory
 from .store import ExpertStore
@@ -68,7 +69,8 @@ def _backward(ctx, grad_out):
     if index is not ctx.routed:
         _layers[ctx.handle].note_route(ctx.routed, index)
     op = torch.ops.usaf.experts_backward
-    grad_x, grad_weights, grad_anchor = run_op(op, ctx.handle, grad_out, x, index, weights, ctx.handle)
+    # By the very index that forward had, the layer knows its tokens per expert and waits for nothing.
+    grad_x, grad_weights, grad_anchor = run_op(op, ctx.handle, grad_out, x, ctx.routed, weights, ctx.handle)
     return grad_x, None, grad_weights, grad_anchor, None, None
 
 
@@ -88,10 +90,13 @@ class PagedLayer:
     top_k_weights, layer.native.handle)`, with lists of tensors; the bits of as many single calls in that order. They
     have no autograd formula.
 
+    All tensors lie on the memory's device unless said otherwise.
+
     Attributes:
+        device: where the experts are computed.
         anchor: fp32 Parameter of one element, never updated. It makes autograd run the backward, and its gradient is
             the norm of the gradients accumulated in the bank, so that clipping by a global norm counts them.
-        token_counts: int32 [num_experts], the tokens per expert of the latest forward (all its micro-batches).
+        token_counts: int32 [num_experts] on the CPU, tokens per expert of the latest forward (all its micro-batches).
         rerouted: bool, 0-dim: a recompute chose other experts than its forward (see `check_routes`); None: none ran.
         bank: the trained neurons, or None.
         frozen_bank: neurons trained earlier, whose rows the model computes with, or None.
@@ -102,6 +107,7 @@ class PagedLayer:
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
         self.memory = memory
+        self.device = memory.device
         self.store = store
         self.index = index
         self.name = store.layer_names[index]
@@ -109,7 +115,7 @@ class PagedLayer:
         self.hidden_size = store.hidden_size
         self.intermediate_size = store.intermediate_size
         self.activation = activation
-        self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=memory.device))
         self.token_counts = torch.zeros(self.num_experts, dtype=torch.int32)
         self._bank: RowBank | None = None
         self._frozen_bank: RowBank | None = None
@@ -122,6 +128,11 @@ class PagedLayer:
         _layers[self.native.handle] = self
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        for name, tensor in (("hidden", hidden), ("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
+            if tensor.device != self.device:
+                raise ValueError(
+                    f"{name}: expected on {self.device}, where this model's experts are, got one on {tensor.device}"
+                )
         handle = self.native.handle
         arguments = (hidden, top_k_index, top_k_weights, self.anchor, handle, torch.is_grad_enabled())
         return run_op(torch.ops.usaf.experts_forward, handle, *arguments)
@@ -134,7 +145,7 @@ class PagedLayer:
         """Train (and overlay) the neurons of `bank`, or none.
 
         Raises:
-            ValueError: a bank of another layer, format or size.
+            ValueError: a bank of another layer, format, size or device.
         """
         self.native.set_bank(self._checked(bank, "bank"))
         self._bank = bank
@@ -147,7 +158,7 @@ class PagedLayer:
         """Overlay the neurons of `bank` without training them, or none. A neuron in both banks is `bank`'s.
 
         Raises:
-            ValueError: a bank of another layer, format or size, or a trainable one.
+            ValueError: a bank of another layer, format, size or device, or a trainable one.
         """
         if bank is not None and bank.grad is not None:
             raise ValueError("bank: expected a frozen bank (trainable=False), got one with gradients")
@@ -164,6 +175,8 @@ class PagedLayer:
                 f"{name}: expected one of layer {self.index}, format {self.store.format!r}, sizes {expected[2:]}; "
                 f"got layer {bank.layer}, format {bank.format!r}, sizes {found[2:]}"
             )
+        if bank.device != self.device:
+            raise ValueError(f"{name}: expected one on {self.device}, where the layer is, got one on {bank.device}")
         return bank.native
 
     def set_threshold(self, alpha: float, counts: Tensor | None = None) -> None:
@@ -205,10 +218,10 @@ class PagedLayer:
             self.rerouted = torch.zeros((), dtype=torch.bool, device=forward.device)
         self.rerouted |= (forward != recomputed).any()
 
-    def take_rerouted(self) -> bool:
-        """Whether a recompute since the last call routed otherwise than its forward; waits for the device if so."""
+    def take_rerouted(self) -> Tensor | None:
+        """Whether a recompute since the last call routed otherwise than its forward: bool, 0-dim; None: none ran."""
         flag, self.rerouted = self.rerouted, None
-        return flag is not None and bool(flag)
+        return flag
 
     def begin_importance(self, metric: str = "gradient") -> Tensor:
         """Zeros of shape [num_experts, intermediate_size], fp32, to which every later backward adds each neuron's
@@ -223,7 +236,8 @@ class PagedLayer:
         """
         if metric not in IMPORTANCE_METRICS:
             raise ValueError(f"metric: expected one of {IMPORTANCE_METRICS}, got {metric!r}")
-        self._importance = torch.zeros(self.num_experts, self.intermediate_size, dtype=torch.float32)
+        shape = (self.num_experts, self.intermediate_size)
+        self._importance = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self.native.set_importance(self._importance.data_ptr(), metric)
         return self._importance
 
@@ -259,6 +273,7 @@ class PagedExperts(nn.Module):
         dtype: torch.dtype | None = None,
         activation: str = "silu",
         name: str = "experts",
+        device: torch.device | str | int | None = None,
     ) -> PagedExperts:
         """Quantise plain expert weights into a store of one layer.
 
@@ -269,9 +284,10 @@ class PagedExperts(nn.Module):
             device_budget: see `ExpertMemory`.
             dtype: compute dtype (torch.float32, torch.bfloat16 or torch.float16); the weights' own by default.
             activation: "silu" or "gelu_tanh".
+            device: where to compute; the weights' own by default.
 
         Raises:
-            ValueError: shapes that do not fit together, weights that are not finite, an unknown format.
+            ValueError: shapes that do not fit together, weights that are not finite, an unknown format or device.
             BudgetError: the budget is too small.
         """
         if gate.dim() != 3:
@@ -282,11 +298,12 @@ class PagedExperts(nn.Module):
         if down.shape != (num_experts, hidden_size, intermediate_size):
             expected = (num_experts, hidden_size, intermediate_size)
             raise ValueError(f"down: expected {expected}, got {tuple(down.shape)}")
+        device = resolve_device(gate.device if device is None else device)
         store = ExpertStore.create([name], num_experts, hidden_size, intermediate_size, format)
         for expert in range(num_experts):
             store.write_expert(0, expert, gate[expert], up[expert], down[expert])
         store.seal()
-        memory = ExpertMemory(store, device_budget, gate.dtype if dtype is None else dtype)
+        memory = ExpertMemory(store, device_budget, gate.dtype if dtype is None else dtype, device=device)
         return cls(PagedLayer(memory, 0, activation))
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -306,9 +323,13 @@ class PagedExperts(nn.Module):
 def check_routes(layers: Iterable[PagedLayer]) -> None:
     """Raise UsafError if a recompute since the last call chose other experts than its forward.
 
-    Its gradients would belong to another function than the loss. Waits for the device only if something was recomputed.
+    Its gradients would belong to another function than the loss. Waits for the device, once, only if something was
+    recomputed.
     """
-    rerouted = [layer.name for layer in layers if layer.take_rerouted()]
+    taken = [(layer.name, layer.take_rerouted()) for layer in layers]
+    recomputed = {name: flag for name, flag in taken if flag is not None}
+    flags = torch.stack(list(recomputed.values())).tolist() if recomputed else []
+    rerouted = [name for name, flag in zip(recomputed, flags) if flag]
     if rerouted:
         raise UsafError(
             f"gradient checkpointing: the recompute of {', '.join(rerouted)} sent tokens to other experts than the "

@@ -36,19 +36,19 @@ class _ThreadState:
 
     def __init__(self, device: torch.device) -> None:
         kind = device.type
-        self._device = device
         self._grad = torch.is_grad_enabled()
         self._num_threads = torch.get_num_threads()
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self._stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+        self._stream = None if kind == "cpu" else torch.accelerator.current_stream(device)
 
     @contextlib.contextmanager
     def entered(self):
         kind, dtype, enabled = self._autocast
         if torch.get_num_threads() != self._num_threads:
             torch.set_num_threads(self._num_threads)
+        if self._stream is not None:
+            torch.accelerator.set_stream(self._stream)  # of this thread, which is a micro-batch's own
         with (
-            torch.cuda.stream(self._stream),  # of None: nothing
             torch.autocast(kind, dtype=dtype, enabled=enabled),
             torch.set_grad_enabled(self._grad),
             # Backward stays in the thread that calls it: a device's own thread could not wait for the others.

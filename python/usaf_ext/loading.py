@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .bitsandbytes_nf4 import is_bitsandbytes
 from .checkpoint_source import ModelSource, resolve_folder
 from .delta import apply_delta
+from .devices import check_compute_dtype, describe_device, has_bfloat16, resolve_device
 from .errors import StoreError
 from .integrations.transformers import UsafConfig, originals_of
 from .memory import COMPUTE_DTYPES
 from .run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,18 +49,22 @@ def load_model(
     dtype: torch.dtype | None = None,
     originals: str | Path | None = None,
     host_budget: int | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> LoadedModel:
     """Load a checkpoint (quantising its experts), a store, or a run folder (its base model with its latest delta).
 
     Args:
         format: of the experts; None: a store's own, the run's own, "nf4" for a checkpoint.
-        device_budget: see `ExpertMemory`. dtype: compute dtype; None: the checkpoint's.
+        device_budget: see `ExpertMemory`.
+        dtype: compute dtype; None: the checkpoint's, but float16 for bfloat16 where the device has none.
         originals: folder of the original checkpoint, where a store has moved.
         host_budget: see `UsafConfig`.
+        device: for the whole model; "auto": a GPU if there is one.
 
     Raises:
         StoreError, BudgetError, ValueError: as `UsafConfig` and the loader say; a run without a checkpoint.
     """
+    place = resolve_device(device)
     run = delta = None
     base: str | Path = path
     if RunFolder.is_run(path):
@@ -74,9 +82,13 @@ def load_model(
         del model_config.quantization_config  # beside it transformers would not take ours
     if dtype is None:
         dtype = model_config.dtype or torch.float32
+        if dtype == torch.bfloat16 and not has_bfloat16(place):
+            logger.warning("%s has no bfloat16: computing in float16, with loss scaling", describe_device(place))
+            dtype = torch.float16
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype} (name one)")
-    config = UsafConfig(format=format, device_budget=device_budget, originals=originals, host_budget=host_budget)
+    check_compute_dtype(dtype, place)
+    config = UsafConfig(format, device_budget, originals, host_budget, place)
     model = AutoModelForCausalLM.from_pretrained(folder, config=model_config, quantization_config=config, dtype=dtype)
     if delta is not None:
         apply_delta(model, delta, trainable=False)

@@ -8,7 +8,9 @@ import logging
 import torch
 
 from . import _C
+from .devices import CPU, open_device, resolve_device
 from .errors import BudgetError
+from .registration import register_store, report_buffers
 from .sizes import format_size, parse_size
 from .store import ExpertStore
 
@@ -21,6 +23,8 @@ _MIN_BUFFERS = 2  # one page is copied while the next is read
 _AUTO_BUFFERS = 16
 _BUFFER_OVERHEAD = 512  # bytes of bookkeeping a host buffer, at most
 _READER_BYTES = 128 << 10  # stacks of the threads that read from disk, and their lists
+_GPU_RESERVE = 1 << 30  # bytes that "auto" leaves free for a display and for what libraries allocate
+_GPU_SHARE = 2  # of the rest "auto" takes one part in so many; the others are for banks, gradients and activations
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,14 +35,19 @@ class ExpertMemory:
     Args:
         store: a sealed store.
         device_budget: bytes for the slot slab and the decode scratch together (an int, a text such as "12GiB"), or
-            "auto": room for every page, but on the CPU, where pages are copies of what is in memory already, for two
-            layers' pages.
+            "auto". On the CPU, where pages are copies of what is in memory already, that is room for two layers' pages.
+            On a GPU: for every page, or what fits into half of the memory that is free now, less 1 GiB; that and the
+            other half are for a display, banks, gradients and activations.
         dtype: compute dtype, torch.float32, torch.bfloat16 or torch.float16.
         host_budget: bytes (an int, or a text such as "12GiB") that store, host buffers and what `reserve_host` sets
             aside may take together of the process's memory; None: no limit. A store in memory must fit. Of a store on
             disk, as many pages are kept in host buffers as fit; None: 16.
+        device: where slots and scratch lie and the experts are computed; see `devices.resolve_device`. The memory of a
+            store in memory is registered with a GPU.
 
     Raises:
+        TypeError, ValueError: a device that is not there or that this build has no kernels for; an unsupported dtype.
+        DeviceError: the first use of a GPU, and an op gives wrong results there.
         BudgetError: a budget is too small; the message names the smallest that works.
     """
 
@@ -48,30 +57,43 @@ class ExpertMemory:
         device_budget: int | str = "auto",
         dtype: torch.dtype = torch.float32,
         host_budget: int | str | None = None,
+        device: torch.device | str | int = CPU,
     ):
-        num_slots = self.slots_for(store, device_budget, dtype)
+        device = resolve_device(device)
+        num_slots = self.slots_for(store, device_budget, dtype, device)
         num_buffers = self.buffers_for(store, host_budget)
+        if device.type != "cpu":
+            from .first_use import ensure_works  # its checks make memories themselves
+
+            ensure_works(device)
+            if store.tier == "memory":
+                register_store(store, device)
         self.store = store
         self.dtype = dtype
+        self.device = device
         self.num_slots = num_slots
-        self._slab = torch.empty(num_slots * store.layout.page_bytes + _SLAB_ALIGN, dtype=torch.uint8)
-        self._scratch = torch.empty(self._scratch_bytes(store, dtype), dtype=torch.uint8)
+        slab_bytes = num_slots * store.layout.page_bytes + _SLAB_ALIGN
+        self._slab = torch.empty(slab_bytes, dtype=torch.uint8, device=device)
+        self._scratch = torch.empty(self._scratch_bytes(store, dtype), dtype=torch.uint8, device=device)
         self.device_budget = self.device_bytes if device_budget == "auto" else parse_size(device_budget)
         first_slot = -(-self._slab.data_ptr() // _SLAB_ALIGN) * _SLAB_ALIGN
-        device = _C.open_device("cpu", 0)
-        self.pager = _C.ExpertPager(store.native, first_slot, num_slots, self._slab, num_buffers, device)
+        native = open_device(device)
+        self.pager = _C.ExpertPager(store.native, first_slot, num_slots, self._slab, num_buffers, native)
+        report_buffers(self.pager, num_buffers * store.layout.page_bytes, device)
         self.sweep = _C.ExpertSweep(self.pager)
         self.host_budget = None if host_budget is None else parse_size(host_budget, "host_budget")
         self._reserved_host = 0
         where = "in memory" if store.tier == "memory" else f"on disk, {num_buffers} pages of it in host buffers"
         logger.info(
-            "%s of experts %s: %s of host memory, %s on the device",
-            *(format_size(store.bytes), where, format_size(self.host_bytes), format_size(self.device_bytes)),
+            "%s of experts %s: %s of host memory, %s on %s",
+            *(format_size(store.bytes), where, format_size(self.host_bytes), format_size(self.device_bytes), device),
         )
 
     @classmethod
-    def slots_for(cls, store: ExpertStore, device_budget: int | str, dtype: torch.dtype) -> int:
-        """Page slots that `device_budget` affords. The store need not be filled or sealed yet.
+    def slots_for(
+        cls, store: ExpertStore, device_budget: int | str, dtype: torch.dtype, device: torch.device = CPU
+    ) -> int:
+        """Page slots that `device_budget` affords on a resolved device. The store need not be filled or sealed yet.
 
         Raises:
             TypeError, ValueError: an unsupported dtype, a budget that is no size.
@@ -82,9 +104,9 @@ class ExpertMemory:
         page_bytes = store.layout.page_bytes
         scratch_bytes = cls._scratch_bytes(store, dtype)
         num_pages = store.num_layers * store.num_experts
-        if device_budget == "auto":
+        if device_budget == "auto" and device.type == "cpu":
             return max(_MIN_SLOTS, min(num_pages, 2 * store.num_experts))
-        budget = parse_size(device_budget, "device_budget")
+        budget = cls._auto_budget(device) if device_budget == "auto" else parse_size(device_budget, "device_budget")
         num_slots = min((budget - scratch_bytes - _SLAB_ALIGN) // page_bytes, num_pages)
         if num_slots < _MIN_SLOTS:
             smallest = cls.smallest_budget(store, dtype)
@@ -93,6 +115,11 @@ class ExpertMemory:
                 f"({format_size(smallest)}): {_MIN_SLOTS} pages of {page_bytes} and {scratch_bytes} of scratch"
             )
         return num_slots
+
+    @staticmethod
+    def _auto_budget(device: torch.device) -> int:
+        free, _total = open_device(device).memory_info()
+        return max(0, free - _GPU_RESERVE) // _GPU_SHARE
 
     @staticmethod
     def _scratch_bytes(store: ExpertStore, dtype: torch.dtype) -> int:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 
 from . import ops
-from .bank import RowBank, host_memory
+from .bank import RowBank
 from .bank_rows import ROWS_PER_NEURON
 from .experts import PagedLayer
+from .host_updates import staging_bytes
 
 MOMENTS = ("fp32", "8bit")
 
@@ -26,14 +27,7 @@ def new_state(bank: RowBank, num_neurons: int, moments: str) -> State:
             state[name], state[f"{name}_absmax"] = ops.empty_moments8(shape)
         else:
             state[name] = torch.zeros(shape, dtype=torch.float32)
-    return {name: _placed(tensor, bank) for name, tensor in state.items()}
-
-
-def _placed(tensor: torch.Tensor, bank: RowBank) -> torch.Tensor:
-    """`tensor`, or a copy of it, where the bank's update runs; in host memory beside a GPU it is pinned."""
-    if bank.placement == "host" and bank.device.type == "cuda":
-        return host_memory(tensor, bank.device).copy_(tensor)
-    return tensor.to(bank.state_device)
+    return {name: tensor.to(bank.state_device) for name, tensor in state.items()}
 
 
 def carried_state(state: State, old: RowBank, new: RowBank, moments: str) -> State:
@@ -58,13 +52,13 @@ def loaded_state(saved: State, bank: RowBank, moments: str, what: str) -> State:
                 f"{what}: {name} is {saved[name].dtype} {found}, expected {example.dtype} {wanted}: it belongs to "
                 "another selection, or its moments are of another kind"
             )
-    return {name: _placed(tensor.clone(), bank) for name, tensor in saved.items()}
+    return {name: tensor.to(bank.state_device, copy=True) for name, tensor in saved.items()}
 
 
 def bank_bytes(layers: Iterable[PagedLayer], moments: str) -> dict[str, int]:
     """Bytes for training the rows of `layers`; see MaskedAdam.bank_bytes."""
     total = {"device": 0, "host": 0}
-    shared, copied = 0, 0
+    shared, staged = 0, []
     for layer in layers:
         for bank in (layer.bank, layer.frozen_bank):
             if bank is not None:
@@ -76,6 +70,6 @@ def bank_bytes(layers: Iterable[PagedLayer], moments: str) -> dict[str, int]:
         total[layer.bank.placement] += row * layer.bank.num_neurons
         if layer.bank.grad_buffer is not None:
             shared = layer.bank.grad_buffer.nbytes
-        if layer.bank.placement == "host":
-            copied = max(copied, layer.bank.grad.nbytes)
-    return {"device": total["device"] + shared, "host": total["host"] + copied}
+        if layer.bank.placement == "host" and layer.bank.device.type != "cpu":
+            staged.append(layer.bank)
+    return {"device": total["device"] + shared, "host": total["host"] + staging_bytes(staged)}

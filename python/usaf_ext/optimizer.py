@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from . import ops
-from .bank import RowBank, host_memory
+from .bank import RowBank
+from .devices import read_numbers
 from .errors import UsafError
 from .experts import PagedLayer, check_routes, paged_layers
+from .host_updates import HostUpdates
 from .moments import MOMENTS, bank_bytes, carried_state, loaded_state, new_state
 from .router import trained_routers
 
@@ -39,7 +42,8 @@ class MaskedAdam(torch.optim.Optimizer):
 
     Parameter groups: "experts" holds the anchors of the layers with a bank, "router" the fp32 router weights (absent
     when no router is trained); learning-rate schedulers see both. Moments live in `state`, allocated at the first step
-    where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once.
+    where the bank's placement says; in placement "host" the update runs on the CPU, and gradients cross once
+    (usaf_ext.host_updates).
 
     torch.nn.utils.clip_grad_norm_ over both groups works: an anchor's gradient is the norm of its bank's gradient, and
     what clipping made of it is applied to the bank as anchor.grad / ||bank.grad|| (0/0 counts as 1, and so does a ratio
@@ -102,7 +106,8 @@ class MaskedAdam(torch.optim.Optimizer):
         self._changed = torch.zeros((), dtype=torch.int32, device=device)
         self._expected = torch.zeros((), dtype=torch.bool, device=device)
         self._skipped = torch.zeros((), dtype=torch.int32, device=device)
-        self._staging: torch.Tensor | None = None  # see _gradient
+        self._changed_in_host = torch.zeros((), dtype=torch.int32)  # by updates of placement "host"
+        self._host_updates: HostUpdates | None = None  # made by the first of them beside a GPU
         self._released: set[nn.Parameter] = set()  # anchors of the layers that step_layer updated in this step
         self._released_inf = torch.zeros((), dtype=torch.float32, device=device)
 
@@ -121,7 +126,10 @@ class MaskedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every row whose expert had tokens and of every router weight with a gradient; no host wait.
+        """One update of every row whose expert had tokens and of every router weight with a gradient.
+
+        No host wait but for banks in placement "host" and, after gradient checkpointing, for the flags that say whether
+        a recompute routed otherwise.
 
         Layers that `step_layer` updated since the last step are done; were their gradients not finite, the rest is
         skipped too.
@@ -166,6 +174,8 @@ class MaskedAdam(torch.optim.Optimizer):
         return loss
 
     def _begin_step(self) -> None:
+        if self._host_updates is not None:
+            self._host_updates.finish()
         self._released.clear()
         self._released_inf.zero_()
         self._clear_banks()
@@ -179,7 +189,8 @@ class MaskedAdam(torch.optim.Optimizer):
     def step_layer(
         self, layer: PagedLayer, coefficient: float | torch.Tensor = 1.0, found_inf: torch.Tensor | None = None
     ) -> None:
-        """Update one layer's rows now, inside a backward, and clear their gradient (gradient release); no host wait.
+        """Update one layer's rows now, inside a backward, and clear their gradient (gradient release); no host wait
+        in placement "device".
 
         The same update as `step` makes, which must still be called at the end of the step: it passes over this layer
         and steps what is left. A gradient that is not finite changes no bit of this layer.
@@ -200,7 +211,10 @@ class MaskedAdam(torch.optim.Optimizer):
             raise ValueError(f"layer: layer {layer.index} was stepped already since the last step()")
         group = next(group for group in self.param_groups if group["name"] == "experts")
         norm = bank.grad_norm()
-        scale = torch.as_tensor(coefficient, dtype=torch.float64, device=norm.device).reshape(())
+        if isinstance(coefficient, torch.Tensor):
+            scale = coefficient.to(norm.device, torch.float64).reshape(())
+        else:
+            scale = torch.full_like(norm, coefficient)
         skip = _not_finite(norm, scale)
         if found_inf is not None:
             skip = torch.maximum(skip, (found_inf.reshape(()) != 0).float())
@@ -220,15 +234,14 @@ class MaskedAdam(torch.optim.Optimizer):
             state.update(new_state(bank, bank.num_neurons, self.moments))
         if group["lr"] > 0:
             self._expected |= (bank.grad_norm() * coefficient != 0) & (found_inf == 0)
-        device = bank.state_device
-        changed = self._changed.to(device)
-        ops.masked_adam_(
+        in_host = bank.placement == "host"
+        update = partial(
+            ops.masked_adam_,
             bank.state_codes,
             bank.state_absmax,
             state["exp_avg"],
             state["exp_avg_sq"],
             state["step"],
-            self._gradient(bank),
             lr=float(group["lr"]),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -241,26 +254,24 @@ class MaskedAdam(torch.optim.Optimizer):
             exp_avg_absmax=state.get("exp_avg_absmax"),
             exp_avg_sq_absmax=state.get("exp_avg_sq_absmax"),
             active=bank.active_rows(),
-            grad_scale=coefficient.float().to(device),
-            found_inf=found_inf.to(device),
-            changed=changed,
+            changed=self._changed_in_host if in_host else self._changed,
             stochastic=bank.rounding == "stochastic",
             seed=group["seed"],
             # All candidates of the layers below: the noise depends neither on their banks nor on the order of stepping.
             first_element=layer.index * bank.num_candidates,
         )
-        self._changed.copy_(changed)
-        bank.publish()
 
-    def _gradient(self, bank: RowBank) -> torch.Tensor:
-        """The bank's gradient where its update runs: in placement "host" a copy, in memory that all banks share."""
+        def run(grad: torch.Tensor, grad_scale: torch.Tensor, skip: torch.Tensor) -> None:
+            update(grad, grad_scale=grad_scale, found_inf=skip)
+
+        if in_host and bank.device.type != "cpu":
+            if self._host_updates is None:
+                self._host_updates = HostUpdates(bank.device)
+            self._host_updates.submit(bank, coefficient, found_inf, run)
+            return
         assert bank.grad is not None
-        if bank.placement == "device":
-            return bank.grad
-        if self._staging is None or self._staging.dtype != bank.grad_dtype or len(self._staging) < bank.num_parameters:
-            largest = max(layer.bank.num_parameters for layer in self._layers.values() if layer.bank is not None)
-            self._staging = host_memory(torch.empty(largest, dtype=bank.grad_dtype, device="meta"), bank.device)
-        return self._staging[: bank.num_parameters].view_as(bank.grad).copy_(bank.grad)
+        run(bank.grad, coefficient.float(), found_inf)
+        bank.publish()
 
     @torch.no_grad()
     def replace_banks(self, banks: Iterable[tuple[PagedLayer, RowBank | None]]) -> None:
@@ -289,8 +300,9 @@ class MaskedAdam(torch.optim.Optimizer):
 
     def _step_router(self, weight: nn.Parameter, group: dict[str, Any], found_inf: torch.Tensor) -> None:
         state = self.state[weight]
+        on_gpu = weight.device.type != "cpu"  # the step count too, so that a skipped step needs no host wait
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             state["exp_avg"] = torch.zeros_like(weight)
             state["exp_avg_sq"] = torch.zeros_like(weight)
         touched = [weight, state["exp_avg"], state["exp_avg_sq"], state["step"]]
@@ -304,6 +316,7 @@ class MaskedAdam(torch.optim.Optimizer):
             [state["step"]],
             foreach=False,
             amsgrad=False,
+            capturable=on_gpu,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             lr=float(group["lr"]),
@@ -312,7 +325,7 @@ class MaskedAdam(torch.optim.Optimizer):
             maximize=False,
         )
         for tensor, old in zip(touched, before):
-            tensor.copy_(torch.where(found_inf.to(tensor.device) != 0, old, tensor))
+            tensor.copy_(torch.where(found_inf != 0, old, tensor))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, those of the banks included, and begin a step anew."""
@@ -327,16 +340,17 @@ class MaskedAdam(torch.optim.Optimizer):
                 layer.bank.zero_grad()
 
     def check_progress(self) -> None:
-        """Raise UsafError if training stands still; reads three device flags, so call it where you log.
+        """Raise UsafError if training stands still; reads device flags in one wait, so call it where you log.
 
         Either no bit of any code, scale or master changed since the last call although a step had lr > 0 and a finite
         gradient that was not zero, or MAX_SKIPPED_STEPS steps in a row were skipped for non-finite gradients.
         """
-        expected, changed, skipped = (int(flag) for flag in (self._expected, self._changed, self._skipped))
-        self._expected.zero_()
-        self._changed.zero_()
+        expected, changed, skipped = read_numbers(self._expected, self._changed, self._skipped)
+        changed += int(self._changed_in_host)
+        for flag in (self._expected, self._changed, self._changed_in_host):
+            flag.zero_()
         if skipped >= MAX_SKIPPED_STEPS:
-            raise UsafError(f"the last {skipped} steps were skipped: their gradients were not finite")
+            raise UsafError(f"the last {skipped:.0f} steps were skipped: their gradients were not finite")
         if expected and not changed:
             raise UsafError(
                 "steps with a gradient changed no trained weight: the learning rate is below the weights' resolution "
@@ -364,5 +378,7 @@ class MaskedAdam(torch.optim.Optimizer):
                     )
         of_routers = {n: entry for n, entry in state_dict["state"].items() if params[n] not in rows}
         super().load_state_dict({**state_dict, "state": of_routers})
+        for weight, entry in self.state.items():  # torch leaves step counts on the CPU
+            entry["step"] = entry["step"].to(weight.device)
         for anchor, entry in rows.items():  # torch's own loading would cast them to the anchor's dtype and device
             self.state[anchor] = entry

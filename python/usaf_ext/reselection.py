@@ -72,12 +72,13 @@ def plan_exchange(
         raise ValueError(f"scope must be one of {SELECTION_SCOPES}, got {scope!r}")
     if len(importance) != len(trained):
         raise ValueError(f"importance has {len(importance)} layers, trained {len(trained)}")
+    importance = [values.detach().float().cpu() for values in importance]
     for layer, values in enumerate(importance):
         if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
             raise ValueError(f"importance of layer {layer} has negative or non-finite values: the gradients overflowed")
     if not any(len(positions) for positions in trained):
         raise ValueError("trained is empty: there is nothing to exchange")
-    flat = [values.detach().float().cpu().reshape(-1) for values in importance]
+    flat = [values.reshape(-1) for values in importance]
     sizes = [len(values) for values in flat]
     if scope == "layer":
         exchanges = [_exchange(values, positions, fraction) for values, positions in zip(flat, trained)]

@@ -159,23 +159,23 @@ class CollapsedLayer:
 
 
 class LoadTracker:
-    """Tokens per expert and layer, summed over forwards; int64 [num_layers, num_experts] on the layers' device."""
+    """Tokens per expert and layer, summed over forwards; int64 [num_layers, num_experts] on the CPU."""
 
     # Against the uniform load u = top_k / E a token: dead below DEAD * u, swamping above half way from u to 1.
     DEAD = 0.01
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str = "cpu") -> None:
-        self.counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
         self.num_tokens = 0
 
     def add(self, layer_counts: Sequence[torch.Tensor], num_tokens: int) -> None:
         """Add one forward: PagedLayer.token_counts of each layer, int32 [E], and the tokens that went through."""
-        self.counts += torch.stack([counts.to(self.counts.device) for counts in layer_counts]).long()
+        self.counts += torch.stack(list(layer_counts)).long()
         self.num_tokens += num_tokens
 
     def share(self) -> torch.Tensor:
         """Share of a layer's (token, slot) pairs per expert: float64 [L, E], rows sum to 1 (0 before any token)."""
-        counts = self.counts.double().cpu()
+        counts = self.counts.double()
         return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
     def entropy(self) -> list[float]:
@@ -186,7 +186,7 @@ class LoadTracker:
     def collapsed(self) -> list[CollapsedLayer]:
         """Layers with dead or swamping experts (see DEAD); empty when all is well or nothing was counted."""
         layers = []
-        for layer, counts in enumerate(self.counts.cpu().tolist()):
+        for layer, counts in enumerate(self.counts.tolist()):
             if self.num_tokens == 0:
                 continue
             uniform = sum(counts) / self.num_tokens / len(counts)

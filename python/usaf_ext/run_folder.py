@@ -64,7 +64,7 @@ class Checkpoint:
         step: optimizer steps done. delta: see usaf_ext.delta.
         optimizer: MaskedAdam.state_dict(), or None (a run without an optimizer).
         state: JSON values: data order, scheduler, and so on. tensors: small ones beside the moments.
-        rng: states of torch's CPU generator and of each CUDA device.
+        rng: states of torch's generators, see usaf_ext.rng.
     """
 
     step: int
@@ -73,22 +73,6 @@ class Checkpoint:
     state: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     rng: dict[str, torch.Tensor]
-
-
-def rng_states() -> dict[str, torch.Tensor]:
-    """The states of torch's global generators, "cpu" and "cuda:0", .."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def set_rng_states(states: dict[str, torch.Tensor]) -> None:
-    """Put the generators back to `states`; devices that are not here are left out."""
-    torch.set_rng_state(states["cpu"])
-    for name, state in states.items():
-        if name != "cpu" and torch.cuda.is_available() and int(name.removeprefix("cuda:")) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, name)
 
 
 class RunFolder:

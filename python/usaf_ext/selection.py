@@ -54,11 +54,11 @@ def compute_importance(
     metric: over a neuron's 3 * H weights w with gradients g, "gradient" is the sum of g^2 and "gradient_weight" the sum
     of |g * w| (to first order what the loss changes by without each weight: Molchanov et al., arXiv 1906.10771).
 
-    Each batch (input_ids, int64 [B, T]) gives one mean next-token loss, one backward and no update. Banks are left out
-    meanwhile (keep_banks: they stay, so that it is the importance in the model as trained so far; their gradients are
-    cleared), gradients of other parameters are cleared. A model that computes in float16 runs backward from a scaled
-    loss, halved and run again where that overflows. Raises ValueError for an unknown metric, when `batches` is empty,
-    a loss is not finite, or the model has no paged experts.
+    Each batch (input_ids, int64 [B, T] on the model's device) gives one mean next-token loss, one backward and no
+    update. Banks are left out meanwhile (keep_banks: they stay, so that it is the importance in the model as trained so
+    far; their gradients are cleared), gradients of other parameters are cleared. A model that computes in float16 runs
+    backward from a scaled loss, halved and run again where that overflows. Raises ValueError for an unknown metric,
+    when `batches` is empty, a loss is not finite, or the model has no paged experts.
     """
     if metric not in IMPORTANCE_METRICS:
         raise ValueError(f"metric must be one of {IMPORTANCE_METRICS}, got {metric!r}")
@@ -110,7 +110,7 @@ class _LossScale:
         """Whether the latest backward did not overflow. If it did, it is undone, to be run again at half the factor."""
         if self.factor == 1:
             return True
-        if all(bool(torch.isfinite(values).all()) for values in self._importance):
+        if bool(torch.stack([torch.isfinite(values).all() for values in self._importance]).all()):
             for values, accepted in zip(self._importance, self._accepted):
                 accepted.copy_(values)
             return True
@@ -142,6 +142,7 @@ def select_neurons(
         raise ValueError(f"sampling must be one of {SELECTION_SAMPLINGS}, got {sampling!r}")
     if not importance:
         raise ValueError("importance is empty: expected one tensor [num_experts, intermediate_size] a layer")
+    importance = [values.detach().float().cpu() for values in importance]
     for layer, values in enumerate(importance):
         if values.dim() != 2:
             raise ValueError(f"importance of layer {layer} must be [experts, neurons], got {tuple(values.shape)}")
@@ -166,7 +167,7 @@ def select_neurons(
             logger.warning("%s: %d of %d chosen neurons had no gradient; use more batches", what, unused, count)
         return chosen
 
-    return _select([values.detach().float().cpu() for values in importance], density, scope, choose)
+    return _select(importance, density, scope, choose)
 
 
 def select_random(sizes: Sequence[tuple[int, int]], density: float, scope: str = "model", seed: int = 0) -> Selection:
@@ -262,7 +263,7 @@ def attach(
             originals=originals,
             mode=mode,
             master_dtype=master_dtype,
-            device=layer.anchor.device,
+            device=layer.device,
             rounding=rounding,
             grad_dtype=grad_dtype,
             placement=placement,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _C, ops
 from .bank import RowBank
+from .devices import CPU, gpus
 from .experts import PagedExperts
 
 Outputs = list[Tensor]
@@ -152,9 +153,10 @@ def _paged_layer(device: torch.device) -> Outputs:
     whole = PagedExperts.from_weights(gate, up, down)
     memory = whole.layer.memory
     budget = memory.smallest_budget(memory.store, memory.dtype)
-    experts = PagedExperts.from_weights(gate, up, down, device_budget=budget).to(device)
+    experts = PagedExperts.from_weights(gate, up, down, device_budget=budget, device=device)
     expert = torch.arange(NUM_EXPERTS, dtype=torch.int32)
-    bank = RowBank.from_store(experts.layer.store, 0, (expert, torch.full_like(expert, 7)), mode="residual")
+    neurons = (expert, torch.full_like(expert, 7))
+    bank = RowBank.from_store(experts.layer.store, 0, neurons, mode="in_place", device=device)
     experts.layer.set_bank(bank)
     index, weights = (t.to(device) for t in _routing())
     results = []
@@ -222,26 +224,27 @@ def _compare(results: Outputs, reference: Outputs, exact: bool) -> tuple[bool, s
 
 def devices() -> list[torch.device]:
     """The CPU and, where this build has kernels for them, all GPUs."""
-    cpu, gpu = torch.device("cpu"), torch.accelerator.current_accelerator(check_available=True)
-    if gpu is None or not _C.GPU_BACKEND:
-        return [cpu]
-    return [cpu, *(torch.device(gpu.type, number) for number in range(torch.accelerator.device_count()))]
+    return [CPU, *gpus()]
+
+
+def run_check(check: Check, device: torch.device) -> Outcome:
+    """One check on one device; an error inside it fails the check and goes no further."""
+    name = f"cpu ({_C.detected_isa()})" if device.type == "cpu" else str(device)
+    start = time.perf_counter()
+    with _plain_path():
+        reference = [tensor.detach().cpu() for tensor in check.run(CPU)]
+    try:
+        good, detail = _compare(check.run(device), reference, check.exact)
+        status = "pass" if good else "FAIL"
+    except NotImplementedError:
+        status, detail = "absent", "no kernel for this device in this build"
+    except Exception as error:  # whatever a card we have not seen brings up belongs into its report
+        status, detail = "FAIL", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return Outcome(name, check.name, status, detail, time.perf_counter() - start)
 
 
 def run_checks() -> Iterator[Outcome]:
-    """One outcome for each device and check; an error inside a check fails that check alone."""
-    every = checks()
+    """One outcome for each device and check."""
     for device in devices():
-        name = f"cpu ({_C.detected_isa()})" if device.type == "cpu" else str(device)
-        for check in every:
-            start = time.perf_counter()
-            with _plain_path():
-                reference = [tensor.detach().cpu() for tensor in check.run(torch.device("cpu"))]
-            try:
-                good, detail = _compare(check.run(device), reference, check.exact)
-                status = "pass" if good else "FAIL"
-            except NotImplementedError:
-                status, detail = "absent", "no kernel for this device in this build"
-            except Exception as error:  # whatever a card we have not seen brings up belongs into its report
-                status, detail = "FAIL", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            yield Outcome(name, check.name, status, detail, time.perf_counter() - start)
+        for check in checks():
+            yield run_check(check, device)

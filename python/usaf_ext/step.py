@@ -14,8 +14,8 @@ from .experts import PagedLayer
 from .gumbel import GumbelNoise
 from .layer_major import MicroBatchThreads
 from .loss import causal_lm_loss
+from .rng import States, rng_states, seed_generators, set_rng_states
 from .router import LoadTracker, load_balancing_loss, record_routers
-from .run_folder import rng_states, set_rng_states
 
 ACCUMULATION_ORDERS = ("micro_batch", "layer")
 
@@ -39,24 +39,23 @@ class _RandomStreams:
     The seeds are drawn from the global generator, once a step.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._device = device
         self._seeds = torch.randint(2**62, (count,)).tolist()
-        self._states: list[dict[str, torch.Tensor] | None] = [None] * count
+        self._states: list[States | None] = [None] * count
 
     @contextlib.contextmanager
     def of(self, number: int) -> Iterator[None]:
-        outside, state = rng_states(), self._states[number]
+        outside, state = rng_states(self._device), self._states[number]
         if state is None:
-            torch.default_generator.manual_seed(self._seeds[number])
-            if torch.cuda.is_initialized():
-                torch.cuda.manual_seed_all(self._seeds[number])
+            seed_generators(self._seeds[number], self._device)
         else:
-            set_rng_states(state)
+            set_rng_states(state, self._device)
         try:
             yield
         finally:
-            self._states[number] = rng_states()
-            set_rng_states(outside)
+            self._states[number] = rng_states(self._device)
+            set_rng_states(outside, self._device)
 
 
 def run_micro_batches(
@@ -98,7 +97,7 @@ def run_micro_batches(
         scale(objective).backward()
         return loss.detach(), aux.detach()
 
-    random_streams = _RandomStreams(len(batches))
+    random_streams = _RandomStreams(len(batches), batches[0].device)
 
     @contextlib.contextmanager
     def while_running(number: int) -> Iterator[None]:

@@ -19,6 +19,7 @@ class TrainResult:
         trained_parameters: weights the optimizer updates (bank rows and routers); 0 for the control.
         evaluations: name -> {step: mean next-token loss in nats}, step 0 being the untouched model.
         tokens_per_second: over all steps of the log. load_entropy: per MoE layer over all steps, 1 is uniform.
+        device: where it ran, for people.
         collapsed: layers with dead or swamping experts in the latest steps (see usaf_ext.collapse).
     """
 
@@ -29,6 +30,7 @@ class TrainResult:
     evaluations: dict[str, dict[int, float]]
     tokens_per_second: float
     load_entropy: list[float]
+    device: str
     collapsed: list[CollapsedLayer]
 
 
@@ -39,6 +41,7 @@ def finish_run(
     steps: int,
     trained_parameters: int,
     density: float,
+    device: str,
     collapsed: list[CollapsedLayer],
 ) -> TrainResult:
     """Plot loss.png and expert_load.png into the run's folder and return its result; the rest comes from its log."""
@@ -63,5 +66,6 @@ def finish_run(
         evaluations=evaluations,
         tokens_per_second=sum(r["tokens"] for r in of_steps) / sum(r["seconds"] for r in of_steps),
         load_entropy=load.entropy(),
+        device=device,
         collapsed=collapsed,
     )

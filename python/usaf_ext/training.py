@@ -19,6 +19,7 @@ from .bank import MASTER_DTYPES, RowBank
 from .collapse import CollapseMonitor, as_json
 from .data import BatchOrder
 from .delta import apply_delta, delta_of
+from .devices import describe_device, send
 from .errors import StoreError, UsafError
 from .evaluation import evaluate
 from .experts import expert_memory, expert_store, paged_layers
@@ -26,8 +27,9 @@ from .gumbel import GumbelNoise, check_gumbel, train_gumbel_routers
 from .interrupt import InterruptFlag
 from .layer_major import MicroBatchThreads
 from .reselection import reselect
+from .rng import rng_states, set_rng_states
 from .router import LoadTracker, check_balanceable, find_routers, train_routers
-from .run_folder import Checkpoint, RunFolder, rng_states, set_rng_states
+from .run_folder import Checkpoint, RunFolder
 from .selection import Selection, attach, compute_importance, select_neurons, select_random
 from .step import run_micro_batches
 from .threshold import ActivationThreshold
@@ -149,10 +151,11 @@ class _Trainer:
         self.originals, self.eval_datasets = originals, eval_datasets
         self.callbacks, self.interrupt = callbacks, interrupt
         self.layers = paged_layers(model)
-        self.device = self.layers[0].anchor.device
+        self.device = self.layers[0].device
         self.order = BatchOrder(len(dataset), config.batch_size, config.seed)
-        self.load = LoadTracker(len(self.layers), self.layers[0].num_experts, self.device)
-        self.collapse = CollapseMonitor(len(self.layers), self.layers[0].num_experts, self.device)
+        # Loads are counted on the CPU, where the experts' work is scheduled by them.
+        self.load = LoadTracker(len(self.layers), self.layers[0].num_experts)
+        self.collapse = CollapseMonitor(len(self.layers), self.layers[0].num_experts)
         self.threshold = ActivationThreshold(self.layers, config.activation_threshold, config.threshold_scope)
         self.gumbel = GumbelNoise(config.seed) if config.router == "gumbel" else None
         self.threads: MicroBatchThreads | None = None  # for accumulation order "layer"
@@ -214,7 +217,7 @@ class _Trainer:
         self.collapse.load_state_dict(checkpoint.state["collapse"])
         self.threshold.counts.copy_(checkpoint.tensors["threshold_counts"])
         self.step = checkpoint.step
-        set_rng_states(checkpoint.rng)
+        set_rng_states(checkpoint.rng, self.device)
         logger.info("resumed at step %d", self.step)
 
     def _prepare(self) -> None:
@@ -241,12 +244,13 @@ class _Trainer:
             yield self._batch(next(order))
 
     def _batch(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.stack([self.dataset[i] for i in numbers]).to(self.device)
+        return send(torch.stack([self.dataset[i] for i in numbers]), self.device)
 
     # Steps
 
     def run_steps(self) -> None:
         config = self.config
+        self._log({"event": "start", "device": describe_device(self.device), "dtype": str(self.layers[0].memory.dtype)})
         with tqdm(total=config.steps, initial=self.step, desc="training", unit="step", disable=None) as bar:
             while self.step < config.steps:
                 record = self._one_step()
@@ -307,7 +311,7 @@ class _Trainer:
         self._set_banks(not warming_up)
         stats_before, start = expert_memory(self.model).stats(), time.perf_counter()
         balanced = self.routers if config.aux_loss_coef > 0 else {}
-        step_load = self.step_load = LoadTracker(len(self.layers), self.layers[0].num_experts, self.device)
+        step_load = self.step_load = LoadTracker(len(self.layers), self.layers[0].num_experts)
         batches = [self._batch(next(self.order)) for _ in range(config.gradient_accumulation_steps)]
         if self.gumbel is not None:
             self.gumbel.begin_step(self.step, config.gumbel_tau(self.step))
@@ -324,20 +328,20 @@ class _Trainer:
             gumbel=self.gumbel,
         )
         masked = self.threshold.end_step(step_load.counts)
-        loss = float(losses.loss)
-        update = self.update.step()
+        update = self.update.step(losses)
         self.had_gradient |= update["grad_norm"] != 0
         self.step += 1
         seconds = time.perf_counter() - start
         stats = expert_memory(self.model).stats()
-        if not math.isfinite(loss):
-            raise UsafError(f"the training loss of step {self.step} is {loss}")
+        if not math.isfinite(update["loss"]):
+            raise UsafError(f"the training loss of step {self.step} is {update['loss']}")
+        if not balanced:
+            del update["aux_loss"]
         num_tokens = config.gradient_accumulation_steps * config.batch_size * config.seq_len
         record: dict[str, Any] = {
             "event": "step",
             "step": self.step,
             "phase": "router_warmup" if warming_up else "train",
-            "loss": loss,
             **update,
             "learning_rate": 0.0 if warming_up else update["learning_rate"],
             "tokens": num_tokens,
@@ -349,8 +353,6 @@ class _Trainer:
         }
         if self.gumbel is not None:
             record["gumbel_tau"] = self.gumbel.tau
-        if balanced:
-            record["aux_loss"] = float(losses.aux_loss)
         return record
 
     def _set_banks(self, on: bool) -> None:
@@ -383,7 +385,7 @@ class _Trainer:
         tensors = {"expert_load": self.load.counts, "threshold_counts": self.threshold.counts}
         optimizer = None if self.update.is_control else self.update.optimizer.state_dict()
         return self.run.save_checkpoint(
-            Checkpoint(self.step, delta_of(self.model), optimizer, state, tensors, rng_states())
+            Checkpoint(self.step, delta_of(self.model), optimizer, state, tensors, rng_states(self.device))
         )
 
     def finish(self) -> TrainResult:
@@ -393,5 +395,6 @@ class _Trainer:
             steps=self.step,
             trained_parameters=self.update.num_parameters,
             density=sum(bank.num_neurons for bank in self.banks if bank is not None) / self.num_candidates,
+            device=describe_device(self.device),
             collapsed=self.collapse.finish(),
         )

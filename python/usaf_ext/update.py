@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from .bank import share_gradients
+from .devices import read_numbers
 from .errors import StoreError
 from .experts import PagedLayer
 from .optimizer import MaskedAdam
+from .step import StepLosses
 from .train_config import TrainConfig
 
 _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -70,32 +72,36 @@ class Update:
             coefficient = coefficient * torch.clamp(self._max_norm / (norm + _CLIP_EPS), max=1.0)
         self.optimizer.step_layer(layer, coefficient, found_inf=layer.rerouted)
 
-    def step(self) -> dict[str, Any]:
-        """Update what has a gradient, go on in the schedule, and clear all gradients.
+    def step(self, losses: StepLosses) -> dict[str, Any]:
+        """Update what has a gradient, go on in the schedule, and clear all gradients; then wait for the device, once.
 
-        Returns what to log: grad_norm (before clipping; None if not finite), skipped, learning_rate and
-        router_learning_rate of this step, and loss_scale in float16.
+        Returns what to log: the step's loss and aux_loss, grad_norm (before clipping; None if not finite), skipped,
+        learning_rate and router_learning_rate of this step, and loss_scale in float16.
         """
         rates = {group["name"]: 0.0 if self.is_control else group["lr"] for group in self.optimizer.param_groups}
         self._scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).to(self._device)
         clipped = [p for p in parameters if p not in self.optimizer.released]
         torch.nn.utils.clip_grad_norm_(clipped, self._max_norm)
-        record = {
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "skipped": not math.isfinite(norm),
-            "learning_rate": rates.get("experts", 0.0),
-            "router_learning_rate": rates.get("router", 0.0),
-        }
-        if self._scaler.is_enabled():
-            record["loss_scale"] = self._scaler.get_scale()
+        scale = self._scaler.scale(torch.ones((), device=self._device))
         if not self.is_control:
             self._scaler.step(self.optimizer)
             self._scheduler.step()
         self._scaler.update()
         self.optimizer.zero_grad()
-        return record
+        read = read_numbers(losses.loss, losses.aux_loss, norm, scale)
+        record: dict[str, Any] = dict(zip(("loss", "aux_loss", "grad_norm", "loss_scale"), read))
+        if not math.isfinite(record["grad_norm"]):
+            record["grad_norm"] = None
+        if not self._scaler.is_enabled():
+            del record["loss_scale"]
+        return {
+            **record,
+            "skipped": record["grad_norm"] is None,
+            "learning_rate": rates.get("experts", 0.0),
+            "router_learning_rate": rates.get("router", 0.0),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Of schedule and loss scale: JSON values. The optimizer has its own."""

@@ -20,7 +20,7 @@ inline constexpr cudaError_t cudaErrorNotReady = emulator::runtime::not_ready;
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : emulator::runtime::invalid_value; }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  return *free = size_t{1} << 30, *total = size_t{2} << 30, cudaSuccess;
+  return *free = size_t{8} << 30, *total = size_t{12} << 30, cudaSuccess;
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return emulator::runtime::create_stream(stream);

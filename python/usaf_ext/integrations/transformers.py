@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import _C
 from ..checkpoint_source import ModelSource, find_checkpoint_key
 from ..checkpointing import save_expert_outputs
+from ..devices import CPU, check_compute_dtype, gpus, resolve_device
 from ..errors import BudgetError, UsafError
 from ..experts import PagedLayer
 from ..memory import ExpertMemory
@@ -52,6 +53,9 @@ class UsafConfig(QuantizationConfigMixin):
         originals: folder of the original checkpoint, where a store was moved away from the one it was made of.
         host_budget: bytes of the process's memory for all experts, see `ExpertMemory`; an int or a text. A store that
             does not fit is left on disk; a plain checkpoint must fit. None: no limit.
+        device: where the model goes, dense part and experts: "cpu", "cuda", "cuda:1", or "auto", a GPU if there is one.
+            None: what `device_map` of from_pretrained says, and without one the CPU. A device_map needs the package
+            accelerate; this does not.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.
@@ -63,6 +67,7 @@ class UsafConfig(QuantizationConfigMixin):
         device_budget: int | str = "auto",
         originals: str | Path | None = None,
         host_budget: int | str | None = None,
+        device: str | torch.device | None = None,
     ):
         if format is not None and format not in _C.FORMATS:
             raise ValueError(f"format: expected one of {tuple(_C.FORMATS)} or None, got {format!r}")
@@ -72,6 +77,8 @@ class UsafConfig(QuantizationConfigMixin):
             raise TypeError(f"host_budget: expected an int, a text or None, got {type(host_budget).__name__}")
         if originals is not None and not isinstance(originals, (str, Path)):
             raise TypeError(f"originals: expected a path or None, got {type(originals).__name__}")
+        if not isinstance(device, (str, torch.device, type(None))):
+            raise TypeError(f"device: expected a device, its name or None, got {type(device).__name__}")
         if device_budget != "auto":
             parse_size(device_budget, "device_budget")
         if host_budget is not None:
@@ -81,6 +88,7 @@ class UsafConfig(QuantizationConfigMixin):
         self.device_budget = device_budget
         self.host_budget = host_budget
         self.originals = None if originals is None else str(originals)
+        self.device = None if device is None else str(device)
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
@@ -205,6 +213,28 @@ def _save_expert_outputs(model: PreTrainedModel) -> None:
     model._set_gradient_checkpointing = set_saving  # type: ignore[method-assign, assignment]
 
 
+def _device_of(device: str | None, device_map: Any) -> torch.device:
+    """The one device that UsafConfig's `device` and from_pretrained's `device_map` mean. Raises ValueError."""
+    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    if device_map in ("balanced", "balanced_low_0", "sequential") or len(places) != 1:
+        raise ValueError(
+            f"device_map: expected one device for the whole model (None, 'auto', 'cpu', 'cuda:0', {{'': 0}}), got "
+            f"{device_map!r}: paged experts and the dense part run on one device"
+        )
+    (place,) = places
+    if place == "disk":
+        raise ValueError("device_map: 'disk' is no device to compute on; a store too large for host_budget stays there")
+    if place == "auto" and len(gpus()) > 1:
+        raise ValueError(f"device_map: 'auto' with {len(gpus())} GPUs: name one, e.g. 'cuda:0'; a model runs on one")
+    mapped = None if place is None else resolve_device(place, "device_map")
+    if device is None:
+        return mapped or CPU
+    wanted = resolve_device(device)
+    if mapped not in (None, wanted):
+        raise ValueError(f"device: {device!r} and device_map {device_map!r} are not the same")
+    return wanted
+
+
 @register_quantizer(METHOD)
 class UsafHfQuantizer(HfQuantizer):
     """Takes the experts out of transformers' loading and attaches paged ones. One object per `from_pretrained`."""
@@ -221,10 +251,11 @@ class UsafHfQuantizer(HfQuantizer):
         )
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
-        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        allowed = {None, "cpu", torch.device("cpu")} | (set() if torch.cuda.is_available() else {"auto"})
-        if not places <= allowed:
-            raise ValueError(f"device_map: expected None or 'cpu' (the only backend so far), got {device_map!r}")
+        self._device = _device_of(self.quantization_config.device, device_map)
+
+    def update_device_map(self, device_map):
+        # "auto" would share the model out between devices by the size of a model whose experts it does not know.
+        return {"": self._device} if device_map == "auto" else device_map
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, dtype=None, **kwargs):
         config = self.quantization_config
@@ -238,6 +269,7 @@ class UsafHfQuantizer(HfQuantizer):
             _check_family(name, module)
         self._activations = {name: _activation_of(name, module) for name, module in experts.items()}
         self._dtype = dtype if dtype is not None else torch.get_default_dtype()
+        check_compute_dtype(self._dtype, self._device)
         self._source: ModelSource | None
         self._format = config.format or DEFAULT_FORMAT
         with torch.device("cpu"):  # from_pretrained makes tensors on the meta device here
@@ -254,7 +286,7 @@ class UsafHfQuantizer(HfQuantizer):
                 store = ExpertStore.unfilled(self._source, self._format)
         self._numbers = _match_layers(experts, store.layer_names, folder, model.base_model_prefix)
         _check_sizes(experts, store, folder)
-        ExpertMemory.slots_for(store, config.device_budget, self._dtype)
+        ExpertMemory.slots_for(store, config.device_budget, self._dtype, self._device)
         try:
             ExpertMemory.buffers_for(store, config.host_budget)
         except BudgetError as error:
@@ -281,23 +313,24 @@ class UsafHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        store = self._opened
-        if store is None:
-            assert self._source is not None
-            store = ExpertStore.quantize(self._source, self._format)
-        for name, key in self._packed.items():
-            assert self._source is not None
-            module, _, parameter = name.rpartition(".")
-            weight = self._source.read_tensor(key).to(self._dtype)
-            model.get_submodule(module).register_parameter(parameter, nn.Parameter(weight))
-        memory = ExpertMemory(
-            store, self.quantization_config.device_budget, self._dtype, self.quantization_config.host_budget
-        )
-        model.requires_grad_(False)
-        for name, number in self._numbers.items():
-            module = model.get_submodule(name)
-            module.usaf_layer = PagedLayer(memory, number, self._activations[name])
-            module.register_parameter("usaf_anchor", module.usaf_layer.anchor)
+        with torch.device("cpu"):  # whatever the caller's default is
+            store = self._opened
+            if store is None:
+                assert self._source is not None
+                store = ExpertStore.quantize(self._source, self._format)
+            for name, key in self._packed.items():
+                assert self._source is not None
+                module, _, parameter = name.rpartition(".")
+                weight = self._source.read_tensor(key).to(self._dtype)
+                model.get_submodule(module).register_parameter(parameter, nn.Parameter(weight))
+            model.to(self._device)  # before the slots take what is free
+            config = self.quantization_config
+            memory = ExpertMemory(store, config.device_budget, self._dtype, config.host_budget, self._device)
+            model.requires_grad_(False)
+            for name, number in self._numbers.items():
+                module = model.get_submodule(name)
+                module.usaf_layer = PagedLayer(memory, number, self._activations[name])
+                module.register_parameter("usaf_anchor", module.usaf_layer.anchor)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 _save_expert_outputs(module)

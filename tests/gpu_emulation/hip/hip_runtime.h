@@ -24,7 +24,7 @@ inline constexpr hipError_t hipErrorNotReady = emulator::runtime::not_ready;
 inline hipError_t hipGetDeviceCount(int* count) { return *count = 1, hipSuccess; }
 inline hipError_t hipSetDevice(int device) { return device == 0 ? hipSuccess : emulator::runtime::invalid_value; }
 inline hipError_t hipMemGetInfo(size_t* free, size_t* total) {
-  return *free = size_t{1} << 30, *total = size_t{2} << 30, hipSuccess;
+  return *free = size_t{8} << 30, *total = size_t{12} << 30, hipSuccess;
 }
 inline hipError_t hipStreamCreateWithFlags(hipStream_t* stream, unsigned) {
   return emulator::runtime::create_stream(stream);

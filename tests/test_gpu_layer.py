@@ -1,0 +1,218 @@
+"""The expert layer and its pager on a GPU: against the CPU's, which tests/test_experts.py compares with float64.
+
+Runs where there is a GPU that this build has kernels for, and in the emulated build (test_emulated_device.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+
+import devices
+import pytest
+import torch
+from expert_layers import DTYPES, EXPERTS, FORMATS, HIDDEN, INTERMEDIATE, relative_error, routing, selection, weights
+from usaf_ext import _C
+from usaf_ext.bank import RowBank
+from usaf_ext.devices import open_device
+from usaf_ext.errors import DeviceError
+from usaf_ext.experts import PagedLayer
+from usaf_ext.memory import ExpertMemory
+from usaf_ext.store import ExpertStore
+
+GPU = devices.gpu()
+if GPU is None:
+    pytest.skip("no GPU that this build has kernels for: the layer is tested on the CPU", allow_module_level=True)
+emulated_only = pytest.mark.skipif(not devices.is_emulated(), reason="asks the emulated CUDA or HIP runtime")
+
+# Relative error of the whole tensor between two ways of rounding to the compute dtype.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+
+
+def make_store(format="nf4", num_layers=2):
+    store = ExpertStore.create([f"layers.{i}" for i in range(num_layers)], EXPERTS, HIDDEN, INTERMEDIATE, format)
+    for layer in range(num_layers):
+        for expert, parts in enumerate(zip(*weights())):
+            store.write_expert(layer, expert, *parts)
+    store.seal()
+    return store
+
+
+def make_layers(store, device, dtype=torch.float32, budget="auto", grad_dtype=torch.float32):
+    memory = ExpertMemory(store, budget, dtype, device=device)
+    layers = [PagedLayer(memory, index) for index in range(store.num_layers)]
+    for layer in layers:
+        torch.manual_seed(11)
+        bank = RowBank.from_store(store, layer.index, selection(), device=device, grad_dtype=grad_dtype)
+        # What the banks hold is not what the pages hold, or an overlay that is left out would not show.
+        other = torch.randn(bank.num_neurons, 3, HIDDEN) * 0.1
+        codes, absmax = devices.usaf_ext.ops.quantize_blocks(other, store.format)
+        bank.codes.copy_(codes.to(device))
+        bank.absmax.copy_(absmax.to(device))
+        layer.set_bank(bank)
+    return layers
+
+
+def case(num_tokens=23, top_k=2, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    index, router = routing(num_tokens, top_k)
+    index[::5, 0] = EXPERTS  # "not here"
+    return torch.randn(num_tokens, HIDDEN).to(dtype), index, router, torch.randn(num_tokens, HIDDEN).to(dtype)
+
+
+def run_layer(layer, hidden, index, router, grad):
+    """Outputs and gradients on the CPU, and the bank's."""
+    device = layer.device
+    hidden, router = (tensor.to(device).requires_grad_() for tensor in (hidden, router))
+    layer.anchor.grad = None
+    out = layer(hidden, index.to(device), router)
+    out.backward(grad.to(device))
+    bank = layer.bank
+    results = [out, hidden.grad, router.grad, bank.grad, layer.anchor.grad, bank.grad_norm()]
+    return [tensor.detach().cpu() for tensor in results] + [bank.expert_hit.clone(), layer.token_counts.clone()]
+
+
+def assert_close(actual, expected, dtype):
+    for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        if a.is_floating_point():
+            assert relative_error(a, b) < TOLERANCE[dtype], number
+        else:
+            assert torch.equal(a, b), number
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_it_computes_what_the_cpu_does(format, dtype):
+    store = make_store(format, 1)
+    (on_cpu,), (on_gpu,) = make_layers(store, "cpu", dtype), make_layers(store, GPU, dtype)
+    for seed in range(2):  # gradients add up
+        arguments = case(dtype=dtype, seed=seed)
+        assert_close(run_layer(on_gpu, *arguments), run_layer(on_cpu, *arguments), dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 300])  # 300: all experts are queued before the routing is known
+def test_numbers_of_tokens(num_tokens):
+    store = make_store(num_layers=1)
+    (on_cpu,), (on_gpu,) = make_layers(store, "cpu"), make_layers(store, GPU)
+    arguments = case(num_tokens)
+    assert_close(run_layer(on_gpu, *arguments), run_layer(on_cpu, *arguments), torch.float32)
+
+
+def test_the_same_bits_with_every_budget():
+    store = make_store(num_layers=2)
+    smallest = ExpertMemory.smallest_budget(store, torch.float32)
+    results = []
+    for budget in (smallest, smallest + 2 * store.layout.page_bytes, "auto"):
+        layers = make_layers(store, GPU, budget=budget)
+        results.append([run_layer(layer, *case(seed=seed)) for seed in range(2) for layer in layers])
+    for other in results[1:]:
+        for expected, actual in zip(results[0], other):
+            assert all(devices.same_bits(a, b) for a, b in zip(expected, actual))
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_micro_batches_give_the_bits_of_single_calls(grad_dtype):
+    store = make_store(num_layers=1)
+    cases = [case(num_tokens, seed=seed) for seed, num_tokens in enumerate((23, 0, 40))]
+    (single,) = make_layers(store, GPU, grad_dtype=grad_dtype)
+    expected = [run_layer(single, *arguments) for arguments in cases]
+    (many,) = make_layers(store, GPU, grad_dtype=grad_dtype)
+    hidden, index, router, grad = ([tensor.to(GPU) for tensor in column] for column in zip(*cases))
+    handle = many.native.handle
+    out = torch.ops.usaf.experts_forward_many(hidden, index, router, handle, True)
+    grad_x, grad_router, grad_anchor = torch.ops.usaf.experts_backward_many(grad, hidden, index, router, handle)
+    for number, results in enumerate(expected):
+        for tensor, one in zip((out[number], grad_x[number], grad_router[number]), results):
+            assert devices.same_bits(tensor.cpu(), one)
+    assert devices.same_bits(many.bank.grad, single.bank.grad)
+    assert devices.same_bits(many.bank.grad_squares, single.bank.grad_squares)
+    total = torch.zeros(1)
+    for results in expected:
+        total += results[4]
+    assert devices.same_bits(grad_anchor.cpu(), total)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 300])
+def test_one_host_wait_a_forward_and_none_a_backward(num_tokens):
+    layers = make_layers(make_store(num_layers=3), GPU)
+    device = open_device(GPU)
+    hidden, index, router, grad = (tensor.to(GPU) for tensor in case(num_tokens))
+    for _ in range(2):
+        hidden.requires_grad_()
+        out, before = hidden, device.host_waits
+        for layer in layers:
+            out = layer(out, index.clone(), router)
+        assert device.host_waits - before == len(layers)
+        out.backward(grad)
+        assert device.host_waits - before == len(layers)
+
+
+def test_experts_under_the_threshold_get_no_gradient():
+    store = make_store(num_layers=1)
+    (on_cpu,), (on_gpu,) = make_layers(store, "cpu"), make_layers(store, GPU)
+    arguments = case(40)
+    for layer in (on_cpu, on_gpu):
+        layer.set_threshold(0.9)
+    assert_close(run_layer(on_gpu, *arguments), run_layer(on_cpu, *arguments), torch.float32)
+    assert on_gpu.num_masked == on_cpu.num_masked > 0
+    assert 0 < int(on_gpu.bank.expert_hit.sum()) < EXPERTS
+
+
+@pytest.mark.parametrize("metric", ["gradient", "gradient_weight"])
+def test_importance(metric):
+    store = make_store(num_layers=1)
+    found = []
+    for device in ("cpu", GPU):
+        (layer,) = make_layers(store, device)
+        importance = layer.begin_importance(metric)
+        for seed in range(2):
+            run_layer(layer, *case(seed=seed))
+        found.append(importance.cpu())
+        layer.end_importance()
+    assert found[0].sum() > 0
+    assert relative_error(found[1], found[0]) < 1e-5
+
+
+def test_tensors_of_the_cpu_are_refused():
+    (layer,) = make_layers(make_store(num_layers=1), GPU)
+    hidden, index, router, _ = case()
+    good = {"hidden": hidden.to(GPU), "top_k_index": index.to(GPU), "top_k_weights": router.to(GPU)}
+    for name, tensor in (("hidden", hidden), ("top_k_index", index), ("top_k_weights", router)):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            layer(*(good | {name: tensor}).values())
+    with pytest.raises(ValueError, match="x: expected a tensor on the layer's device"):
+        torch.ops.usaf.experts_forward(hidden, index, router, layer.anchor.detach().cpu(), layer.native.handle, False)
+
+
+def runtime():
+    return ctypes.CDLL(_C.__file__)
+
+
+@emulated_only
+def test_memory_that_cannot_be_registered_stays_pageable(caplog):
+    expected = run_layer(make_layers(make_store(num_layers=1), GPU)[0], *case())
+    torch.manual_seed(0)
+    store = make_store(num_layers=1)
+    runtime().emulated_limit_registration(runtime().emulated_registered_bytes())
+    try:
+        with caplog.at_level(logging.WARNING):
+            (layer,) = make_layers(store, GPU)
+    finally:
+        runtime().emulated_limit_registration(2**62)
+    assert "out of memory" in caplog.text
+    assert "stay pageable" in caplog.text
+    torch.manual_seed(0)
+    assert all(map(torch.equal, run_layer(layer, *case()), expected))
+
+
+@emulated_only
+def test_a_copy_that_fails_is_a_device_error_and_no_end():
+    (layer,) = make_layers(make_store(num_layers=1), GPU)
+    arguments = case()
+    expected = run_layer(make_layers(layer.store, GPU)[0], *arguments)
+    runtime().emulated_fail_next_copy(1)
+    with pytest.raises(DeviceError, match=r"(CUDA|HIP) copy: invalid argument"):
+        layer(*(tensor.to(GPU) for tensor in arguments[:3]))
+    assert all(map(torch.equal, run_layer(layer, *arguments), expected))
