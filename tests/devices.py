@@ -1,4 +1,6 @@
-"""The devices that the ops are tested on, and the ops on the one whose turn it is.
+"""The devices that are tested on, and the ops on the one whose turn it is.
+
+The models of trained_models.py lie on that device too, `current()`, where a test says `usefixtures("device")`.
 
 A test module imports `ops` (and `opcheck`, `on_device`) from here and says `pytestmark = usefixtures("device")`. Its
 tests make their tensors and compare on the CPU; on a GPU every tensor that an op is given lies on the device, and what
@@ -28,6 +30,11 @@ def gpu() -> torch.device | None:
     """The GPU that this build has kernels for, the emulated one included; None without one."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device(found.type, 0) if found is not None and _C.GPU_BACKEND else None
+
+
+def current() -> torch.device:
+    """The device whose turn it is."""
+    return _current
 
 
 def is_emulated() -> bool:

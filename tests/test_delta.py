@@ -51,6 +51,7 @@ def path(model, tmp_path):
     ],
 )
 @pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.usefixtures("device")
 def test_round_trip(tiny_checkpoint, tmp_path, format, options, trainable):
     model = trained(tiny_checkpoint, format=format, **options)
     write_delta(tmp_path / "d", delta_of(model))

@@ -200,7 +200,7 @@ def test_memory_that_cannot_be_registered_stays_pageable(caplog):
         with caplog.at_level(logging.WARNING):
             (layer,) = make_layers(store, GPU)
     finally:
-        runtime().emulated_limit_registration(2**62)
+        runtime().emulated_limit_registration(ctypes.c_int64(2**62))
     assert "out of memory" in caplog.text
     assert "stay pageable" in caplog.text
     torch.manual_seed(0)

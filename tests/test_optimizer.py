@@ -24,7 +24,7 @@ from usaf_ext.optimizer import MAX_SKIPPED_STEPS, MaskedAdam
 from usaf_ext.router import train_routers, trained_routers
 from usaf_ext.selection import attach
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "device")
 
 
 def backward(model, ids, scale=1.0):
@@ -64,7 +64,8 @@ def test_routers_get_torchs_adamw_and_no_decay(tiny_checkpoint):
     optimizer = MaskedAdam(model, lr=1e-2, router_lr=3e-3, weight_decay=0.5)
     weights = [router.weight for router in trained_routers(model).values()]
     copies = [torch.nn.Parameter(w.detach().clone()) for w in weights]
-    theirs = torch.optim.AdamW(copies, lr=3e-3, weight_decay=0.0, foreach=False)
+    on_gpu = copies[0].device.type != "cpu"
+    theirs = torch.optim.AdamW(copies, lr=3e-3, weight_decay=0.0, foreach=False, capturable=on_gpu)
     for seed in range(3):
         backward(model, tokens(2, seed=seed))
         for weight, parameter in zip(weights, copies):
@@ -93,7 +94,7 @@ def test_clipping_is_that_of_the_dense_gradients(tiny_checkpoint, micro_batches)
     rows = []
     for layer in paged_layers(model):
         at = layer.bank.neuron_expert.long(), layer.bank.neuron_index.long()
-        rows.append(torch.nn.Parameter(torch.zeros(len(at[0]), 3, 72, dtype=torch.float64)))
+        rows.append(torch.nn.Parameter(torch.zeros_like(layer.bank.grad, dtype=torch.float64)))
         rows[-1].grad = neuron_gradients(dense, layer)[at]
         torch.testing.assert_close(layer.anchor.grad.double(), rows[-1].grad.norm().reshape(1), rtol=1e-4, atol=0)
     unclipped = torch.nn.utils.get_total_norm([p.grad for p in [*rows, *dense_routers]])
@@ -117,10 +118,10 @@ def test_rows_of_experts_without_tokens_keep_every_bit(tiny_checkpoint):
     layer = paged_layers(model)[0]
     bank = layer.bank
     before, moment = bank_state(model)[0], optimizer.state[layer.anchor]["exp_avg"].clone()
-    x, index = torch.randn(8, 72), torch.tensor([[1, 4]] * 8)
-    layer(x, index, torch.rand(8, 2)).square().sum().backward()
+    x, index, weights = torch.randn(8, 72), torch.tensor([[1, 4]] * 8), torch.rand(8, 2)
+    layer(*(tensor.to(layer.device) for tensor in (x, index, weights))).square().sum().backward()
     optimizer.step()
-    after, hit = bank_state(model)[0], torch.isin(bank.neuron_expert, torch.tensor([1, 4]))
+    after, hit = bank_state(model)[0], torch.isin(bank.neuron_expert, torch.tensor([1, 4], device=bank.device))
     assert 0 < int(hit.sum()) < len(hit)
     for name in before:
         same = (before[name] == after[name]).flatten(1).all(1)
@@ -259,7 +260,7 @@ def test_in_place_noise_differs_between_layers(tiny_checkpoint):
     rows = min(first.num_neurons, second.num_neurons)
     second.codes[:rows] = first.codes[:rows]
     second.absmax[:rows] = first.absmax[:rows]
-    gradient = torch.randn(rows, 3, 72)
+    gradient = torch.randn_like(first.grad[:rows])
     optimizer = MaskedAdam(model, lr=1e-2)
     for layer in paged_layers(model):
         padded = torch.zeros_like(layer.bank.grad)
@@ -316,7 +317,7 @@ def test_a_released_layer_is_scaled_and_skipped_as_told(tiny_checkpoint):
     optimizer.step()
     assert same_bits(before, [bank_state(model), [r.weight.detach() for r in trained_routers(model).values()]])
     give_gradient(first, torch.randn_like(first.bank.grad))
-    optimizer.step_layer(first, found_inf=torch.ones(1))
+    optimizer.step_layer(first, found_inf=torch.ones(1, device=first.device))
     assert same_bits(before[0], bank_state(model))
     assert not first.bank.grad.any()
 

@@ -91,6 +91,7 @@ class StopAfter:
     ],
     ids=["master", "router", "stopped-in-warmup", "in_place", "control", "gumbel", "router-only", "random"],
 )
+@pytest.mark.usefixtures("device")
 def test_resume_continues_bit_for_bit(tiny_checkpoint, tmp_path, dtype, changes):
     settings = config(**changes)
     whole = paged_model(tiny_checkpoint, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import devices
 import pytest
 import torch
 from test_training import BASE, DATA, StopAfter, final_state, log
@@ -15,7 +16,7 @@ from usaf_ext.router import train_routers
 from usaf_ext.step import run_micro_batches
 from usaf_ext.update import Update
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "device")
 
 LAYER = {"accumulation_order": "layer", "gradient_accumulation_steps": 2, "batch_size": 2}
 RELEASE = LAYER | {"gradient_release": True}
@@ -98,7 +99,7 @@ def test_skipping_every_step_is_an_error(tiny_checkpoint, tmp_path, monkeypatch,
 def test_masked_adam_under_a_grad_scaler(tiny_checkpoint, unscale):
     """As any trainer uses it; the scale of 1024 leaves no trace."""
     masters = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+    for scaler in (None, torch.amp.GradScaler(devices.current().type, init_scale=1024.0)):
         model = banked_model(tiny_checkpoint, master_dtype=torch.float32)
         routers = train_routers(model)
         optimizer = MaskedAdam(model, lr=1e-2)
@@ -124,7 +125,7 @@ def test_masked_adam_under_a_grad_scaler(tiny_checkpoint, unscale):
 def test_masked_adam_skips_what_a_grad_scaler_found(tiny_checkpoint, where):
     model = banked_model(tiny_checkpoint)
     optimizer = MaskedAdam(model, lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(devices.current().type, init_scale=1024.0)
     before = bank_state(model)
     scaler.scale(causal_lm_loss(model, tokens(2))[0]).backward()
     if where == "here":
@@ -132,7 +133,7 @@ def test_masked_adam_skips_what_a_grad_scaler_found(tiny_checkpoint, where):
     scaler.unscale_(optimizer)
     if where == "on another rank":  # as FSDP's scaler reduces it; the gradients here are finite
         found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        found[torch.device("cpu")].fill_(1)
+        found[paged_layers(model)[0].device].fill_(1)
     scaler.step(optimizer)
     scaler.update()
     assert same_bits(bank_state(model), before)
@@ -197,8 +198,8 @@ def one_step(model, update):
     batches = [tokens(2, seed=seed) for seed in (1, 2)]
     with MicroBatchThreads() as threads:
         hooks = {"scale": update.scale, "after_backward": update.after_backward}
-        run_micro_batches(model, batches, layers, {}, 0.0, (), threads=threads, **hooks)
-    return update.step()
+        losses = run_micro_batches(model, batches, layers, {}, 0.0, (), threads=threads, **hooks)
+    return update.step(losses)
 
 
 def test_each_layer_is_clipped_by_its_own_norm(tiny_checkpoint):
@@ -246,7 +247,7 @@ def test_a_rerouted_layer_is_not_updated(tiny_checkpoint):
     before = bank_state(model)
     layer = paged_layers(model)[1]
     Coefficients(update.optimizer)
-    layer.note_route(torch.tensor([0, 1]), torch.tensor([0, 2]))
+    layer.note_route(*(torch.tensor(route, device=layer.device) for route in ([0, 1], [0, 2])))
     with pytest.raises(UsafError, match=rf"the recompute of {layer.name} sent tokens to other experts"):
         one_step(model, update)
     assert same_bits(bank_state(model)[1], before[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import devices
 import torch
 from transformers import AutoModelForCausalLM
 from usaf_ext import UsafConfig, expert_store, paged_layers
@@ -9,12 +10,14 @@ from usaf_ext.selection import Selection, attach
 
 
 def paged_model(checkpoint, dtype=torch.float32, format="nf4"):
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=UsafConfig(format=format))
+    """On the device whose turn it is."""
+    config = UsafConfig(format=format, device=devices.current())
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=config)
 
 
 def dense_twin(checkpoint, model):
     """The plain float64 model whose experts hold the decoded weights of `model`'s store; only experts need grad."""
-    dense = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64).to(devices.current())
     dense.set_experts_implementation("eager")
     dense.requires_grad_(False)
     for layer in paged_layers(model):
@@ -58,13 +61,17 @@ def give_gradient(layer, gradient):
     bank = layer.bank
     bank.grad.copy_(gradient)
     bank.expert_hit.fill_(1)
-    squares = bank.grad.double().square().sum((1, 2))
-    bank.grad_squares.zero_().index_add_(0, bank.neuron_expert.long(), squares)
+    squares = bank.grad.double().square().sum(2)
+    if bank.device.type == "cpu":
+        bank.grad_squares.zero_().index_add_(0, bank.neuron_expert.long(), squares.sum(1))
+    else:
+        bank.grad_squares.copy_(squares)
     layer.anchor.grad = bank.grad.double().norm().float().reshape(1)
 
 
 def tokens(count, length=24, seed=0, vocabulary=260):
-    return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
+    return ids.to(devices.current())
 
 
 def bank_state(model):
@@ -81,9 +88,9 @@ def bank_state(model):
 
 
 def same_bits(first, second):
-    """Whether two nested structures of dicts, lists and tensors hold the same bits."""
+    """Whether two nested structures of dicts, lists and tensors hold the same bits, wherever they lie."""
     if isinstance(first, torch.Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
+        return first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same_bits(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):

@@ -23,8 +23,9 @@ _MIN_BUFFERS = 2  # one page is copied while the next is read
 _AUTO_BUFFERS = 16
 _BUFFER_OVERHEAD = 512  # bytes of bookkeeping a host buffer, at most
 _READER_BYTES = 128 << 10  # stacks of the threads that read from disk, and their lists
-_GPU_RESERVE = 1 << 30  # bytes that "auto" leaves free for a display and for what libraries allocate
-_GPU_SHARE = 2  # of the rest "auto" takes one part in so many; the others are for banks, gradients and activations
+# What "auto" leaves of a GPU's memory: one part in so many of the card, for a display and what libraries allocate; and
+# of the free rest it takes one part in so many, the other is for banks, gradients and activations.
+_GPU_RESERVE, _GPU_SHARE = 10, 2
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,8 +37,8 @@ class ExpertMemory:
         store: a sealed store.
         device_budget: bytes for the slot slab and the decode scratch together (an int, a text such as "12GiB"), or
             "auto". On the CPU, where pages are copies of what is in memory already, that is room for two layers' pages.
-            On a GPU: for every page, or what fits into half of the memory that is free now, less 1 GiB; that and the
-            other half are for a display, banks, gradients and activations.
+            On a GPU: for every page, or what fits into half of the memory that is free now, less a tenth of the card;
+            that is for a display and for libraries, the other half for banks, gradients and activations.
         dtype: compute dtype, torch.float32, torch.bfloat16 or torch.float16.
         host_budget: bytes (an int, or a text such as "12GiB") that store, host buffers and what `reserve_host` sets
             aside may take together of the process's memory; None: no limit. A store in memory must fit. Of a store on
@@ -118,8 +119,8 @@ class ExpertMemory:
 
     @staticmethod
     def _auto_budget(device: torch.device) -> int:
-        free, _total = open_device(device).memory_info()
-        return max(0, free - _GPU_RESERVE) // _GPU_SHARE
+        free, total = open_device(device).memory_info()
+        return max(0, free - total // _GPU_RESERVE) // _GPU_SHARE
 
     @staticmethod
     def _scratch_bytes(store: ExpertStore, dtype: torch.dtype) -> int:

@@ -21,13 +21,14 @@ def new_state(bank: RowBank, num_neurons: int, moments: str) -> State:
     """State of rows without a step: step int32 [n, 3], exp_avg and exp_avg_sq float32 [n, 3, H], or, moments "8bit",
     uint8 with float32 exp_avg_absmax and exp_avg_sq_absmax (ops.empty_moments8)."""
     shape = (num_neurons, ROWS_PER_NEURON, bank.hidden_size)
-    state = {"step": torch.zeros(shape[:2], dtype=torch.int32)}
+    device = bank.state_device
+    state = {"step": torch.zeros(shape[:2], dtype=torch.int32, device=device)}
     for name in ("exp_avg", "exp_avg_sq"):
         if moments == "8bit":
-            state[name], state[f"{name}_absmax"] = ops.empty_moments8(shape)
+            state[name], state[f"{name}_absmax"] = ops.empty_moments8(shape, device)
         else:
-            state[name] = torch.zeros(shape, dtype=torch.float32)
-    return {name: tensor.to(bank.state_device) for name, tensor in state.items()}
+            state[name] = torch.zeros(shape, dtype=torch.float32, device=device)
+    return state
 
 
 def carried_state(state: State, old: RowBank, new: RowBank, moments: str) -> State:

@@ -174,6 +174,7 @@ class _Trainer:
 
     def begin(self) -> None:
         config = self.config
+        self._log({"event": "start", "device": describe_device(self.device), "dtype": str(self.layers[0].memory.dtype)})
         torch.manual_seed(config.seed)
         for layer in self.layers:
             layer.set_bank(None)
@@ -218,7 +219,7 @@ class _Trainer:
         self.threshold.counts.copy_(checkpoint.tensors["threshold_counts"])
         self.step = checkpoint.step
         set_rng_states(checkpoint.rng, self.device)
-        logger.info("resumed at step %d", self.step)
+        logger.info("resumed at step %d on %s", self.step, describe_device(self.device))
 
     def _prepare(self) -> None:
         """Routers and optimizer, once the banks are there."""
@@ -250,7 +251,6 @@ class _Trainer:
 
     def run_steps(self) -> None:
         config = self.config
-        self._log({"event": "start", "device": describe_device(self.device), "dtype": str(self.layers[0].memory.dtype)})
         with tqdm(total=config.steps, initial=self.step, desc="training", unit="step", disable=None) as bar:
             while self.step < config.steps:
                 record = self._one_step()

@@ -1,0 +1,418 @@
+"""The package around the expert layer on a GPU: memory, loader, optimizer, command line, and what waits for the device.
+
+Runs where there is a GPU that this build has kernels for, and in the emulated build (test_emulated_device.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import devices
+import pytest
+import torch
+from expert_layers import EXPERTS, HIDDEN, INTERMEDIATE, routing, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from trained_models import banked_model, give_gradient, paged_model, same_bits, tokens
+from transformers import AutoModelForCausalLM
+from usaf_ext import (
+    MaskedAdam,
+    RowBank,
+    TrainConfig,
+    UsafConfig,
+    cli,
+    expert_memory,
+    first_use,
+    ops,
+    paged_layers,
+    registration,
+    self_check,
+    train,
+)
+from usaf_ext.bank import share_gradients
+from usaf_ext.devices import describe_device, gpus, resolve_device, send
+from usaf_ext.errors import BudgetError, DeviceError
+from usaf_ext.experts import PagedExperts
+from usaf_ext.host_updates import HostUpdates
+from usaf_ext.loss import causal_lm_loss
+from usaf_ext.memory import ExpertMemory
+from usaf_ext.rng import rng_states, seed_generators, set_rng_states
+from usaf_ext.router import train_routers
+from usaf_ext.store import ExpertStore
+
+GPU = devices.gpu()
+if GPU is None:
+    pytest.skip("no GPU that this build has kernels for", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def on_gpu():
+    with devices.running_on(GPU):
+        yield
+
+
+def make_experts(**options):
+    torch.manual_seed(3)
+    return PagedExperts.from_weights(*weights(), **options)
+
+
+class Waits(TorchDispatchMode):
+    """Torch ops in it that make the host wait for the device: values that are read, and synchronous copies."""
+
+    READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name, tensors = func._schema.name, [a for a in args if isinstance(a, torch.Tensor)]
+        if name in self.READS and any(t.device == GPU for t in tensors):
+            self.found.append(name)
+        if name == "aten::_to_copy" and args[0].device != result.device and not kwargs.get("non_blocking"):
+            self.found.append(name)
+        if name == "aten::copy_" and args[0].device != args[1].device and not (args[2:] and args[2]):
+            self.found.append(name)
+        return result
+
+
+# Devices
+
+
+def test_names_of_the_gpu():
+    assert gpus()[0] == GPU
+    for name in (GPU.type, str(GPU), GPU, 0, "auto"):
+        assert resolve_device(name) == GPU
+    with pytest.raises(ValueError, match=f"device: there is no '{GPU.type}:99'; torch finds {GPU}"):
+        resolve_device(f"{GPU.type}:99")
+    assert describe_device(GPU).startswith(f"{GPU}: ")
+
+
+def test_what_is_sent_may_change_at_once():
+    tensor = torch.arange(1000)
+    sent = send(tensor, GPU)
+    tensor.zero_()
+    assert sent.device == GPU
+    assert torch.equal(sent.cpu(), torch.arange(1000))
+
+
+def test_random_states_of_both_generators():
+    seed_generators(5, GPU)
+    states = rng_states(GPU)
+    expected = [torch.rand(4), torch.rand(4, device=GPU)]
+    torch.rand(7), torch.rand(7, device=GPU)
+    set_rng_states(states, GPU)
+    assert same_bits([torch.rand(4), torch.rand(4, device=GPU)], expected)
+    before = torch.get_device_module(GPU.type).get_rng_state(GPU)
+    set_rng_states({"cpu": states["cpu"]}, GPU)  # of a run on the CPU
+    assert torch.equal(torch.get_device_module(GPU.type).get_rng_state(GPU), before)
+
+
+# Memory
+
+
+def test_slots_and_scratch_lie_on_the_device():
+    experts = make_experts(device=GPU)
+    layer, memory = experts.layer, experts.layer.memory
+    assert memory.device == layer.device == layer.anchor.device == GPU
+    assert memory._slab.device == memory._scratch.device == GPU
+    assert memory.num_slots == EXPERTS  # auto: all of them fit
+    assert memory.device_bytes == memory.device_budget
+    assert layer.begin_importance().device == GPU
+    layer.end_importance()
+
+
+def test_weights_on_the_device_give_experts_there():
+    experts = PagedExperts.from_weights(*(w.to(GPU) for w in weights()))
+    assert experts.layer.device == GPU
+    assert PagedExperts.from_weights(*(w.to(GPU) for w in weights()), device="cpu").layer.device == CPU
+
+
+def test_auto_leaves_room(monkeypatch):
+    class Small:
+        def memory_info(self):
+            return self.free, 1000
+
+    device, store = Small(), make_experts().layer.store
+    monkeypatch.setattr("usaf_ext.memory.open_device", lambda _: device)
+    page = store.layout.page_bytes
+    device.free = 100 + 2 * (ExpertMemory.smallest_budget(store, torch.float32) + page)
+    assert ExpertMemory.slots_for(store, "auto", torch.float32, GPU) == 3
+    device.free -= 4 * page
+    with pytest.raises(BudgetError, match=r"device_budget: \d+ bytes are too few"):
+        ExpertMemory.slots_for(store, "auto", torch.float32, GPU)
+
+
+@pytest.mark.parametrize("name", ["hidden", "top_k_index", "top_k_weights"])
+def test_inputs_from_elsewhere_are_named(name):
+    layer = make_experts(device=GPU).layer
+    index, top_k_weights = routing(5, 2)
+    inputs = {"hidden": torch.randn(5, HIDDEN), "top_k_index": index, "top_k_weights": top_k_weights}
+    moved = {key: value if key == name else value.to(GPU) for key, value in inputs.items()}
+    with pytest.raises(ValueError, match=f"{name}: expected on {GPU}, where this model's experts are, got one on cpu"):
+        layer(moved["hidden"], moved["top_k_index"], moved["top_k_weights"])
+
+
+def test_a_bank_from_elsewhere_is_refused():
+    layer, one = make_experts(device=GPU).layer, torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"bank: expected one on {GPU}, where the layer is, got one on cpu"):
+        layer.set_bank(RowBank.from_store(layer.store, 0, (one, one), mode="in_place"))
+    assert layer.bank is None
+
+
+def test_a_bank_knows_where_its_rows_go():
+    layer = make_experts(device=GPU).layer
+    expert, index = torch.tensor([[1, 1, 4], [0, 7, 39]], dtype=torch.int32)
+    bank = RowBank.from_store(layer.store, 0, (expert, index), mode="in_place", device=GPU)
+    expected = index.long()[:, None] + torch.tensor([0, INTERMEDIATE, 2 * INTERMEDIATE])
+    assert torch.equal(bank.overlay_rows.cpu(), expected)
+    assert bank.grad_squares.shape == (3, 3)
+    held = [bank.codes, bank.absmax, bank.grad, bank.neuron_expert, bank.neuron_index, bank.overlay_rows]
+    assert bank.device_bytes == sum(t.nbytes for t in [*held, bank.grad_squares])
+    assert bank.host_bytes == bank.positions.nbytes + bank.expert_hit.nbytes
+    bank.grad.fill_(2.0)
+    bank.grad_squares.copy_(bank.grad.double().square().sum(2))
+    bank.expert_hit[4] = 1
+    with Waits() as waits:
+        norm, active = bank.grad_norm(), bank.active_rows()
+        bank.expert_hit.zero_()
+    assert waits.found == []
+    assert float(norm) == pytest.approx(2.0 * (3 * 3 * HIDDEN) ** 0.5)
+    assert active.device == GPU
+    assert active.cpu().tolist() == [[False] * 3, [False] * 3, [True] * 3]
+
+
+def test_a_store_is_registered_once(monkeypatch, caplog):
+    calls = []
+    store = make_experts().layer.store
+
+    class Native:
+        def register_with(self, device):
+            calls.append(device)
+            return 4096, "ENOMEM, say"
+
+    class Store:  # weakly referenced, as the real one
+        native, bytes, tier = Native(), store.bytes, "memory"
+
+    some = Store()
+    with caplog.at_level(logging.INFO, logger="usaf_ext"):
+        registration.register_store(some, GPU)
+        registration.register_store(some, GPU)
+    assert len(calls) == 1
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "stay pageable (ENOMEM, say)" in record.getMessage()
+    assert "ulimit -l unlimited" in record.getMessage()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="usaf_ext"):
+        ExpertMemory(store, device=GPU)
+        ExpertMemory(store, device=GPU)
+    assert sum(r.name == "usaf_ext.registration" for r in caplog.records) == 1
+    assert all(r.levelno == logging.INFO for r in caplog.records)
+
+
+def test_a_store_on_disk(tmp_path):
+    experts = make_experts(device=GPU)
+    experts.layer.store.save(tmp_path / "store")
+    store = ExpertStore.open(tmp_path / "store", tier="disk")
+    memory = ExpertMemory(store, device=GPU)
+    assert memory.pager.registered_buffers is not None
+    other = type(experts)(type(experts.layer)(memory, 0))
+    x, (index, top_k_weights) = torch.randn(9, HIDDEN).to(GPU), (t.to(GPU) for t in routing(9, 2))
+    assert torch.equal(other(x, index, top_k_weights), experts(x, index, top_k_weights))
+
+
+# First use
+
+
+def test_a_device_that_writes_nothing_is_found(monkeypatch):
+    original = ops.glu
+    monkeypatch.setattr(first_use, "_tested", set())
+
+    def lazy(gate_up, activation):
+        h = original(gate_up, activation)
+        return torch.zeros_like(h) if h.device == GPU else h
+
+    store = make_experts().layer.store
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "glu", lazy)
+        for _ in range(2):  # again at the next try
+            with pytest.raises(DeviceError, match=f"{GPU}: the self-test of 'glu silu' failed: off by"):
+                ExpertMemory(store, device=GPU)
+    ExpertMemory(store, device=GPU)
+    monkeypatch.setattr(first_use, "run_check", None)
+    ExpertMemory(store, device=GPU)  # once a process
+
+
+def test_the_self_test_has_each_check():
+    names = {check.name for check in self_check.checks()}
+    assert set(first_use._CHECKS) <= names
+
+
+# The loader
+
+
+@pytest.mark.parametrize("way", ["config", "map", "auto"])
+def test_a_model_goes_onto_the_device(tiny_checkpoint, way):
+    device_map = {"config": None, "map": {"": 0}, "auto": "auto"}[way]
+    if way != "config":
+        pytest.importorskip("accelerate")
+        device_map = {"": str(GPU)} if way == "map" else device_map
+    config = UsafConfig(device=str(GPU) if way == "config" else None)
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_checkpoint, dtype=torch.float32, quantization_config=config, device_map=device_map
+    )
+    assert {p.device for p in model.parameters()} == {GPU}
+    assert {b.device for b in model.buffers()} <= {GPU}
+    assert expert_memory(model).device == GPU
+    ids = tokens(2)
+    with torch.no_grad():
+        logits, expected = model(ids.to(GPU)).logits.cpu(), paged_model(tiny_checkpoint)(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_device_and_device_map_must_agree(tiny_checkpoint):
+    pytest.importorskip("accelerate")
+    with pytest.raises(ValueError, match=f"device: '{GPU}' and device_map .* are not the same"):
+        AutoModelForCausalLM.from_pretrained(
+            tiny_checkpoint, quantization_config=UsafConfig(device=str(GPU)), device_map="cpu"
+        )
+
+
+# What a step waits for
+
+
+def backward(model):
+    total, count = causal_lm_loss(model, tokens(2))
+    (total / count).backward()
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+def test_a_step_waits_for_nothing(tiny_checkpoint, on_gpu, moments):
+    model = banked_model(tiny_checkpoint)
+    train_routers(model)
+    optimizer = MaskedAdam(model, lr=1e-2, moments=moments)
+    for _ in range(2):  # the first makes the state
+        backward(model)
+        with Waits() as waits:
+            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert waits.found == []
+    optimizer.check_progress()
+
+
+def test_the_waits_are_seen(tiny_checkpoint):
+    flag = torch.ones((), device=GPU)
+    with Waits() as waits:
+        bool(flag)
+        flag.cpu()
+        torch.zeros(1).to(GPU)
+        torch.zeros((), pin_memory=True).copy_(flag, non_blocking=True)
+    assert waits.found == ["aten::_local_scalar_dense", "aten::_to_copy", "aten::_to_copy"]
+
+
+def test_a_training_step_reads_the_device_once(tiny_checkpoint, tmp_path, on_gpu):
+    """Loss, gradient norm and the rest in one go; the layers' own waits, one each, are in test_gpu_layer.py."""
+    model = paged_model(tiny_checkpoint)
+    config = TrainConfig(
+        steps=3, batch_size=2, seq_len=24, density=0.1, importance_batches=1, gradient_accumulation_steps=2
+    )
+    found = []
+    waits = Waits()
+
+    def count(record):
+        found.append(list(waits.found))
+        waits.found.clear()
+
+    with waits:
+        data = list(tokens(8).cpu())
+        train(model, data, config, tmp_path / "run", callbacks=[count])
+    # The one at a step's end; before, transformers itself asks in each forward whether several texts share a sequence.
+    # Step 1 has the selection's waits too, step 3 the checkpoint's.
+    assert found[1] == ["aten::_local_scalar_dense", "aten::_local_scalar_dense", "aten::_to_copy"]
+
+
+# Placement "host"
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_gradients_cross_while_the_cpu_updates(tiny_checkpoint, on_gpu, monkeypatch, release):
+    """The next gradient is on its way before an update runs, each update sees its own, and none is lost."""
+    model = banked_model(tiny_checkpoint, placement="host", mode="master", master_dtype=torch.float32)
+    twin = banked_model(tiny_checkpoint, placement="device", mode="master", master_dtype=torch.float32)
+    optimizer, other = MaskedAdam(model, lr=1e-2), MaskedAdam(twin, lr=1e-2)
+    if release:
+        share_gradients(paged_layers(model))
+    events = []
+    submit, update = HostUpdates.submit, HostUpdates._update
+
+    def submitted(self, bank, *arguments):
+        events.append(f"submit {bank.layer}")
+        submit(self, bank, *arguments)
+
+    def updated(self):
+        if self._crossing is not None:
+            events.append(f"update {self._crossing.bank.layer}")
+        update(self)
+
+    monkeypatch.setattr(HostUpdates, "submit", submitted)
+    monkeypatch.setattr(HostUpdates, "_update", updated)
+    for _ in range(3):
+        layers = list(zip(paged_layers(model), paged_layers(twin)))
+        for mine, theirs in reversed(layers) if release else layers:
+            gradient = torch.randn_like(theirs.bank.grad)
+            if GPU.type == "cuda":
+                torch.cuda._sleep(20_000_000)  # what does not wait for the gradient reads an old one
+            give_gradient(mine, gradient)
+            give_gradient(theirs, gradient)
+            if release:
+                optimizer.step_layer(mine)
+                assert not mine.bank.grad.any()
+        optimizer.step()
+        other.step()
+    first, second = (1, 0) if release else (0, 1)
+    assert events == 3 * [f"submit {first}", f"submit {second}", f"update {first}", f"update {second}"]
+    for mine, theirs in zip(paged_layers(model), paged_layers(twin)):
+        assert mine.bank.master.device == CPU
+        assert same_bits(mine.bank.master, theirs.bank.master.cpu())
+        assert same_bits([mine.bank.codes, mine.bank.absmax], [theirs.bank.codes, theirs.bank.absmax])
+        assert torch.equal(mine.bank.state_codes, mine.bank.codes.cpu())
+    optimizer.check_progress()
+
+
+# The command line
+
+
+def test_a_run_on_the_gpu_is_one_on_the_cpu(tiny_checkpoint, tmp_path, capsys):
+    """To rounding; and it says where it ran, resumes on the other, and evaluates there."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    arguments = ["--model", str(tiny_checkpoint), "--dtype", "float32", "--device"]
+    flags = ["--data", str(text), "--seq-len", "32", "--batch-size", "2"]
+    settings = ["--steps", "3", "--density", "10%", "--importance-batches", "1", "--learning-rate", "1e-3"]
+    losses = {}
+    for device in ("cpu", GPU.type):
+        out = tmp_path / device
+        assert cli.main(["train", *arguments, device, *flags, *settings, "--out", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"device {describe_device(resolve_device(device))}\n")
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert log[0]["device"] == describe_device(resolve_device(device))
+        losses[device] = [record["loss"] for record in log if record["event"] == "step"]
+        evaluated = cli.main(["eval", "--model", str(out), "--dtype", "float32", *flags, "--device", GPU.type])
+        assert evaluated == 0
+        losses[device].append(float(capsys.readouterr().out.split("loss ")[1].split()[0]))
+    assert losses[GPU.type] == pytest.approx(losses["cpu"], rel=1e-4)
+
+
+def test_info_names_the_gpu(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert describe_device(GPU) in printed
+    assert "quantize_blocks" in printed
