@@ -166,11 +166,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int64_t token = blockIdx.x; token < num_tokens; token += gridDim.x) {
     for (int64_t slot = 0; slot < top_k; slot += kRows) {
       int32_t row[kRows];
-      float weight[kRows] = {}, dot[kRows] = {};
+      float weight[kRows], dot[kRows] = {};
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        row[r] = slot + r < top_k ? inverse[token * top_k + slot + r] : -1;
-        if (row[r] >= 0) weight[r] = weights.load(token * top_k + slot + r);
+        const int64_t pair = token * top_k + (slot + r < top_k ? slot + r : top_k - 1);
+        row[r] = slot + r < top_k ? inverse[pair] : -1;
+        weight[r] = weights.load(pair);
       }
       for (int64_t col = threadIdx.x * kPack; col < hidden_size; col += blockDim.x * kPack) {
         const Pack grad = load_weights(grad_out + token * hidden_size, col, hidden_size, aligned);

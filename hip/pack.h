@@ -67,7 +67,8 @@ __device__ __forceinline__ uint32_t packed_word(const float (&weight)[Layout<T>:
 }
 
 // The pack at `col`, zeros past the row's end. A pack that does not end in the row, or starts at an odd address, is put
-// together weight by weight.
+// together weight by weight. USAF_OPAQUE: clang 18 and newer would keep row + i of every i and every row in scalar
+// registers, until those spill.
 template <class T>
 __device__ __forceinline__ Pack load_weights(const T* __restrict__ row, int64_t col, int64_t cols, bool aligned) {
   constexpr int kPack = Layout<T>::kPack;
@@ -75,11 +76,13 @@ __device__ __forceinline__ Pack load_weights(const T* __restrict__ row, int64_t 
   Pack pack = {};
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
-    if (col + i >= cols) continue;
+    int64_t at = col + i;
+    USAF_OPAQUE(at);
+    if (at >= cols) continue;
     if constexpr (sizeof(T) == 4) {
-      pack.word[i] = float_bits(row[col + i]);
+      pack.word[i] = float_bits(row[at]);
     } else {
-      pack.word[i / 2] |= static_cast<uint32_t>(row[col + i].bits) << (i % 2 * 16);
+      pack.word[i / 2] |= static_cast<uint32_t>(row[at].bits) << (i % 2 * 16);
     }
   }
   return pack;
@@ -95,11 +98,13 @@ __device__ __forceinline__ void store_weights(T* __restrict__ row, int64_t col, 
   }
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
-    if (col + i >= cols) continue;
+    int64_t at = col + i;
+    USAF_OPAQUE(at);
+    if (at >= cols) continue;
     if constexpr (sizeof(T) == 4) {
-      row[col + i] = bits_float(pack.word[i]);
+      row[at] = bits_float(pack.word[i]);
     } else {
-      row[col + i] = T{static_cast<uint16_t>(pack.word[i / 2] >> (i % 2 * 16))};
+      row[at] = T{static_cast<uint16_t>(pack.word[i / 2] >> (i % 2 * 16))};
     }
   }
 }

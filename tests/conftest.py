@@ -6,8 +6,6 @@ import devices
 import pytest
 import torch
 
-collect_ignore = [] if devices.is_emulated() else ["test_fake_gpu.py"]
-
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow (make test-full)")

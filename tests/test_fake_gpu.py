@@ -1,13 +1,11 @@
-"""The test-only torch device of tests/gpu_emulation/torch_device: as strict as a GPU, and as able as training needs.
-
-Runs in the emulated build alone (test_emulated_device.py).
-"""
+"""The test-only torch device of tests/gpu_emulation/torch_device: as strict as a GPU, and as able as training needs."""
 
 from __future__ import annotations
 
 import copy
 import io
 
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,9 @@ from tiny_models import tiny_config
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from usaf_ext import ops
+
+if not devices.is_emulated():
+    pytest.skip("there in the emulated build alone: see test_emulated_device.py", allow_module_level=True)
 
 DEVICE = torch.device("fake_gpu:0")
 
@@ -204,7 +205,7 @@ def test_training_a_transformer_equals_the_cpu():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny_config()).to(device)
         model.train()
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         tokens = torch.arange(24).view(2, 12).to(device)
         found = []

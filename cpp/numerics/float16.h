@@ -44,8 +44,8 @@ USAF_HD F16 to_f16(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
   return result;
 #elif defined(__HIP_DEVICE_COMPILE__)
-  // Without the barrier clang makes one fma of a product and its conversion: -0 times anything would become +0.
-  asm volatile("" : "+v"(value));
+  // Else clang 17 and newer make v_fma_mixlo_f16 of a product and its conversion, and a product of -0 becomes +0.
+  USAF_OPAQUE(value);
   const _Float16 half = static_cast<_Float16>(value);
   F16 result;
   memcpy(&result, &half, sizeof result);

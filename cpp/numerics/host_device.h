@@ -14,3 +14,11 @@
 #else
 #define USAF_HD inline
 #endif
+
+// USAF_OPAQUE(value): code for AMD GPUs that is compiled without knowing where a lane's variable comes from, so that
+// nothing before and after is merged. No instruction; nothing elsewhere.
+#if defined(__HIP_DEVICE_COMPILE__)
+#define USAF_OPAQUE(value) asm("" : "+v"(value))
+#else
+#define USAF_OPAQUE(value) static_cast<void>(value)
+#endif

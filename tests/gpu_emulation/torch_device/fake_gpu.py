@@ -6,10 +6,12 @@ anything asks for it.
 
 from __future__ import annotations
 
+import atexit
 import importlib.machinery
 import importlib.util
 import pathlib
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,6 +35,9 @@ def register() -> None:
     loader.exec_module(module)
     sys.modules["usaf_ext._C"] = module
     _let_data_change_device()
+    # torch's backward thread drops a Python object after it has told the caller that it is done; if the interpreter is
+    # gone by then, the process aborts. Sleeping lets it.
+    atexit.register(time.sleep, 0.1)
 
 
 def _let_data_change_device() -> None:
