@@ -58,6 +58,33 @@ def test_the_expert_layer(package):
     check_passed(run(package, "-m", "pytest", str(TESTS / "test_gpu_layer.py")), 25)
 
 
+def test_the_package(package):
+    """Memory, loader, commands and optimizer on the device."""
+    files = [TESTS / f"test_{name}.py" for name in ("gpu_package", "optimizer", "delta")]
+    check_passed(run(package, "-m", "pytest", "-k", "fake_gpu or test_gpu_package", *map(str, files)), 60)
+
+
+# One run of each kind: what its tests on the CPU show holds on the device.
+RUNS = (
+    "test_bank_training.py::test_the_host_trains_the_same_bits_as_the_device[fake_gpu-nf4-release]",
+    "test_bank_training.py::test_a_run_with_reselection_resumes_bit_for_bit[fake_gpu-residual-2]",
+    "test_update.py::test_float16_trains_in_both_orders_and_resumes[fake_gpu]",
+    "test_training.py::test_resume_continues_bit_for_bit[fake_gpu-gumbel]",
+    "test_reselection.py::test_nothing_learnt_is_lost[fake_gpu-master-host-8bit]",
+    "test_reselection.py::test_delta_and_export_give_the_model_that_was_evaluated[fake_gpu]",
+)
+
+
+def test_whole_runs(package):
+    check_passed(run(package, "-m", "pytest", *(str(TESTS / name) for name in RUNS)), len(RUNS))
+
+
+@pytest.mark.slow
+def test_all_runs(package):
+    files = [TESTS / f"test_{name}.py" for name in ("bank_training", "update", "training", "reselection")]
+    check_passed(run(package, "-m", "pytest", "-k", "fake_gpu", *map(str, files)), 70)
+
+
 def test_the_self_check(package):
     result = run(package, "-m", "usaf_ext.cli", "info", "--check")
     lines = [line.split() for line in result.stdout.splitlines() if "fake_gpu:0" in line]
