@@ -13,6 +13,7 @@ from trained_models import bank_state, paged_model, same_bits, tokens
 from usaf_ext import StoreError, TrainConfig, UsafError, paged_layers, train
 from usaf_ext import run_folder as run_folder_module
 from usaf_ext.evaluation import evaluate
+from usaf_ext.rng import rng_states
 from usaf_ext.router import find_routers, trained_routers
 from usaf_ext.run_folder import RunFolder
 
@@ -249,7 +250,7 @@ def test_damaged_checkpoints(tiny_checkpoint, tmp_path, caplog, file, damage):
     delta = run_folder_module.Delta("f", "nf4", "master", {}, {"model.layers.0.mlp.gate": torch.randn(4, 8)})
     entry = {0: {"step": torch.tensor(3), "exp_avg": torch.randn(4)}}
     optimizer = {"state": entry, "param_groups": [{"params": [0], "betas": (0.9, 0.999), "lr": 0.1}]}
-    checkpoint = run_folder_module.Checkpoint(1, delta, optimizer, {"order": [1]}, {}, run_folder_module.rng_states())
+    checkpoint = run_folder_module.Checkpoint(1, delta, optimizer, {"order": [1]}, {}, rng_states(torch.device("cpu")))
     run.save_checkpoint(checkpoint)
     loaded = run.latest_checkpoint()
     assert same_bits(

@@ -201,15 +201,6 @@ def test_refusals_come_before_any_weight_is_loaded(checkpoint, tmp_path, monkeyp
         load(variant("fp8", quantization_config={"quant_method": "fp8"}))
 
 
-def test_devices_other_than_the_cpu_are_refused():
-    quantizer = UsafHfQuantizer(UsafConfig())
-    for device_map in (None, "cpu", {"": "cpu"}, torch.device("cpu")):
-        quantizer.validate_environment(device_map=device_map)
-    for device_map in ("cuda:0", {"model": "cpu", "lm_head": 0}, "disk"):
-        with pytest.raises(ValueError, match="device_map: expected None or 'cpu'"):
-            quantizer.validate_environment(device_map=device_map)
-
-
 def test_gelu_tanh_is_taken_over(checkpoint, tmp_path):
     folder = change_config(shutil.copytree(checkpoint, tmp_path / "gelu"), hidden_act="gelu_pytorch_tanh")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -18,8 +18,6 @@ _SHOWN_PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 def _load(arguments: argparse.Namespace):
     from .loading import load_model
 
-    device = resolve_device(arguments.device, "--device")
-    print(f"device {describe_device(device)}")
     return load_model(
         arguments.model,
         format=arguments.format,
@@ -27,7 +25,7 @@ def _load(arguments: argparse.Namespace):
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         originals=arguments.originals,
         host_budget=arguments.host_budget,
-        device=device,
+        device=resolve_device(arguments.device, "--device"),
     )
 
 
@@ -102,6 +100,7 @@ def train(arguments: argparse.Namespace) -> int:
     from .training import train as run_training
 
     config = train_config(arguments)
+    print(f"device {describe_device(resolve_device(arguments.device, '--device'))}")
     loaded = _load(arguments)
     if loaded.run is not None:
         raise ValueError(f"--model: {arguments.model} is a run; name its base model, and continue it with --resume")
@@ -143,7 +142,8 @@ def eval(arguments: argparse.Namespace) -> int:
     loaded = _load(arguments)
     sequences = PackedDataset.from_files(arguments.data, loaded.tokenizer, arguments.seq_len, keep_tail=True)
     loss = evaluate(loaded.model, sequences, arguments.batch_size)
-    print(f"loss {loss:.6f} nats a token over {sequences.num_tokens} tokens")
+    where = describe_device(resolve_device(arguments.device))
+    print(f"loss {loss:.6f} nats a token over {sequences.num_tokens} tokens, on {where}")
     return 0
 
 
