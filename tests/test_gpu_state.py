@@ -58,8 +58,10 @@ def test_every_code_decodes_as_on_the_cpu(device, format):
     """Also those that no weight gets: NaN, -128, infinities."""
     case = state.Case(format, 4, 8192 if format == "bf16" else 200, 0)
     codes = np.random.default_rng(1).integers(0, 256, (4, codec.code_bytes(format, case.cols)), np.uint8)
-    absmax = np.random.default_rng(2).random((4, codec.num_blocks(format, case.cols))).astype(
-        np.float16 if format == "nf4_f16" else np.float32
+    absmax = (
+        np.random.default_rng(2)
+        .random((4, codec.num_blocks(format, case.cols)))
+        .astype(np.float16 if format == "nf4_f16" else np.float32)
     )
     residual = state.sample_residual(case)
     got = torch.from_numpy(state.run_decode(device, case, codes, absmax, residual))
