@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 REPO = pathlib.Path(__file__).parents[1]
-CUDA_SOURCES = sorted((REPO / "cuda").glob("*.cu"))
-HIP_SOURCES = sorted((REPO / "hip").glob("*.hip"))
+CUDA_DEVICE, HIP_DEVICE = REPO / "cuda/device.cu", REPO / "hip/device.hip"  # streams and copies: no kernels in them
+CUDA_SOURCES = sorted(set((REPO / "cuda").glob("*.cu")) - {CUDA_DEVICE})
+HIP_SOURCES = sorted(set((REPO / "hip").glob("*.hip")) - {HIP_DEVICE})
 CUDA_ARCHS = (75, 80, 86, 89, 90, 120)
 HIPCC_ARCHS = ("gfx1030", "gfx1031")
 CLANG = "clang++-19"
@@ -28,11 +29,8 @@ SLOW_CLANG_ARCHS = ("gfx1031", "gfx1101", "gfx1102", "gfx1151", "gfx1201")
 # Kernels over maps of 4 and 8 bytes an item: nothing in them is 16 bytes wide.
 MAP_KERNELS = re.compile(r"sort_\w+_kernel|source_kernel")
 WITHOUT_FLOATS = {"sort"}
-HIP_WIDE_ACCESSES = {
-    "codec": 4,
-    "residual": 4,
-    "moments8": 4,
-}  # a kernel's fewest, where it is more than one: all four rows' accesses
+# A kernel's fewest, where it is more than one: all four rows' accesses.
+HIP_WIDE_ACCESSES = {"codec": 4, "residual": 4, "moments8": 4}
 
 
 def compiler(name: str) -> str:
@@ -227,9 +225,15 @@ def test_hip_moves_16_bytes(hip):
                 assert wide >= HIP_WIDE_ACCESSES.get(source.stem, 1), f"{arch} {name}: {wide}"
 
 
-@pytest.mark.parametrize("source", HIP_SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", [*HIP_SOURCES, HIP_DEVICE], ids=lambda path: path.name)
 def test_hip_compiles_under_nvcc(source, tmp_path):
     command = [compiler("nvcc"), "-x", "cu", "-std=c++20", "-fmad=false", "-arch=sm_90", "-Werror=all-warnings"]
     command += [f"-I{REPO / 'tests/hip_on_cuda'}", f"-I{REPO / 'cpp'}", f"-I{source.parent}"]
     run([*command, "-c", str(source), "-o", "out.o"], tmp_path)
     assert (tmp_path / "out.o").stat().st_size > 0
+
+
+def test_the_devices_compile(tmp_path):
+    includes = ["-std=c++20", f"-I{REPO / 'cpp'}", "-c"]
+    run([compiler("nvcc"), "-Xcompiler=-Wall,-Wextra", "-Werror=all-warnings", *includes, str(CUDA_DEVICE)], tmp_path)
+    run([compiler("hipcc"), "-Wall", "-Wextra", "-Werror", *includes, str(HIP_DEVICE)], tmp_path)
