@@ -17,7 +17,7 @@ from usaf_ext import UsafConfig, expert_memory, expert_store, paged_layers
 from usaf_ext.checkpoint_source import ModelSource
 from usaf_ext.errors import BudgetError, StoreError, UsafError
 from usaf_ext.export import export
-from usaf_ext.integrations.transformers import UsafHfQuantizer, originals_of
+from usaf_ext.integrations.transformers import originals_of
 from usaf_ext.memory import ExpertMemory
 from usaf_ext.store import ExpertStore
 
