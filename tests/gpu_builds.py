@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "gpu_emulation"))
-from build_device import link_package, run_tool  # noqa: E402
+from build_device import link_package, run_tool
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 BUILD_DIR = REPO / "build" / "gpu"  # kept: the next build compiles only what changed

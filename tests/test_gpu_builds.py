@@ -33,7 +33,8 @@ def refusal(*device):
 weight = torch.randn(8, 128)
 decoded = ops.dequantize_blocks(*ops.quantize_blocks(weight, "int8"), 128, "int8")
 print(json.dumps({
-    "backend": _C.GPU_BACKEND, "cpu": ops_of("CPU"), "gpu": ops_of("CUDA"), "error": float((decoded - weight).abs().max()),
+    "backend": _C.GPU_BACKEND, "cpu": ops_of("CPU"), "gpu": ops_of("CUDA"),
+    "error": float((decoded - weight).abs().max()),
     "refusals": {name: refusal(name, number) for name, number in (("cuda", 0), ("hip", 0))},
     "gpus": [str(device) for device in usaf_ext.devices.gpus()],
 }))
