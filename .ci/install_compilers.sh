@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Install the compilers of the tests, from Debian: HIP's (12: hipcc 5.2 with clang-15, 13: hipcc 5.7 with clang-17), LLVM
-# 19's tools, and for aarch64 a cross compiler and an emulator. Does nothing where they are present; fails loudly where
-# they cannot be had. Prints the versions.
+# Install the compilers of the tests, from Debian: HIP's (12: hipcc 5.2 with clang-15, 13: hipcc 5.7 with clang-17), clang
+# 19 for the AMD chips that those do not know, and for aarch64 a cross compiler and an emulator. Does nothing where they
+# are present; fails loudly where they cannot be had. Prints the versions.
 set -euo pipefail
 
 packages=(hipcc clang-19 lld-19 clang-tools-19 llvm-19 g++-aarch64-linux-gnu qemu-user)

@@ -14,6 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
+
+class Random:
+    """Numbers for inputs on a device, drawn there where torch can."""
+
+    def __init__(self, device: torch.device, seed: int):
+        self._device = device
+        self._generator = torch.Generator(device if device.type == "cuda" else CPU).manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device)
+        return drawn.to(self._device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        drawn = torch.rand(*shape, generator=self._generator, device=self._generator.device)
+        return drawn.to(self._device)
+
 
 @dataclass(frozen=True)
 class LayerCase:
@@ -32,14 +50,16 @@ class LayerCase:
     def with_(self, **changes: int) -> LayerCase:
         return replace(self, **changes)
 
-    def inputs(self, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(
+        self, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden, top_k_index, top_k_weights and the output's gradient, with a random softmax routing."""
-        generator = torch.Generator().manual_seed(seed)
-        hidden = torch.randn(self.num_tokens, self.hidden_size, generator=generator).to(dtype)
-        logits = torch.randn(self.num_tokens, self.num_experts, generator=generator)
+        random = Random(device, seed=0)
+        hidden = random.normal(self.num_tokens, self.hidden_size).to(dtype)
+        logits = random.normal(self.num_tokens, self.num_experts)
         weights, index = torch.softmax(logits, -1).topk(self.top_k, -1)
         weights = (weights / weights.sum(-1, keepdim=True)).to(dtype)
-        grad = torch.randn(self.num_tokens, self.hidden_size, generator=generator).to(dtype)
+        grad = random.normal(self.num_tokens, self.hidden_size).to(dtype)
         return hidden, index, weights, grad
 
 
@@ -52,13 +72,17 @@ class OpShape:
 
     Attributes:
         layer: for what follows the routing. rows, trained: rows of layer.hidden_size weights, for the codec and Adam.
-        density: share of each expert's neurons that is trained.
+        density: share of each expert's neurons that is trained. device: where the inputs lie.
     """
 
     layer: LayerCase
     rows: int
     trained: int
     density: float = 0.01
+    device: torch.device = CPU
+
+    def on(self, device: torch.device) -> OpShape:
+        return replace(self, device=device)
 
 
 # Past every cache: 50 M weights for codec and Adam; 268 MB of permuted bf16 rows.

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
-import bitsandbytes.functional as bnb
 import torch
-from cases import OpShape, Work, nbytes
+from cases import OpShape, Random, Work, nbytes
 from torch import Tensor
 from usaf_ext import ops
 
+try:
+    import bitsandbytes.functional as bnb
+except ImportError:  # a peer where it is installed
+    bnb = None
+
 BLOCK = 64
 QUANTISED = ("nf4", "nf4_f16", "int8", "fp8")
-NF4 = bnb.get_4bit_type("nf4", device="cpu")
 
 
 def _weight(shape: OpShape, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape.rows, shape.layer.hidden_size, generator=generator).mul_(0.02).to(dtype)
+    return Random(shape.device, seed=0).normal(shape.rows, shape.layer.hidden_size).mul_(0.02).to(dtype)
+
+
+@functools.cache
+def _nf4(device: torch.device) -> Tensor:
+    """The format's 16 values, as our decoder has them; for the peer in torch."""
+    codes = torch.arange(0, 256, 17, dtype=torch.uint8).repeat_interleave(16).view(16, 16)  # both halves of a byte
+    return ops.dequantize_blocks(codes, torch.ones(16, 1), 32, "nf4")[:, 0].to(device)
+
+
+@functools.cache
+def _midpoints(device: torch.device) -> Tensor:
+    values = _nf4(device)
+    return (values[1:] + values[:-1]) / 2
 
 
 def _torch_encode(format: str, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +49,7 @@ def _torch_encode(format: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         return (blocks / scale[..., None]).flatten(-2).to(torch.float8_e4m3fn).view(torch.uint8), scale
     if format == "nf4_f16":
         absmax = absmax.half()
-    code = torch.bucketize((blocks * (1 / absmax.float())[..., None]).flatten(-2), (NF4[1:] + NF4[:-1]) / 2)
+    code = torch.bucketize((blocks * (1 / absmax.float())[..., None]).flatten(-2), _midpoints(weight.device))
     return (code[..., 0::2] << 4 | code[..., 1::2]).to(torch.uint8), absmax
 
 
@@ -43,7 +59,7 @@ def _torch_decode(format: str, codes: Tensor, absmax: Tensor, dtype: torch.dtype
     elif format == "fp8":
         values = codes.view(torch.float8_e4m3fn).float()
     else:
-        values = NF4[torch.stack((codes >> 4, codes & 15), -1).flatten(-2).int()]
+        values = _nf4(codes.device)[torch.stack((codes >> 4, codes & 15), -1).flatten(-2).int()]
     return (values.unflatten(-1, (-1, BLOCK)) * absmax.float()[..., None]).flatten(-2).to(dtype)
 
 
@@ -55,7 +71,7 @@ def _encode(format: str, dtype: torch.dtype, shape: OpShape) -> Work:
     weight = _weight(shape, dtype)
     codes, absmax = ops.quantize_blocks(weight, format)
     peers: dict[str, Callable] = {"torch": lambda: _torch_encode(format, weight)[1]}
-    if format == "nf4":
+    if format == "nf4" and bnb:
         peers["bitsandbytes"] = lambda: bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")[1].absmax
     moved = nbytes(weight, codes, absmax)
     # Scales alone are compared: torch's division may move a code at a threshold by one. Its fp16 scale is the nearest,
@@ -69,7 +85,7 @@ def _decode(format: str, dtype: torch.dtype, shape: OpShape) -> Work:
     codes, absmax = ops.quantize_blocks(weight, format)
     cols = weight.shape[1]
     peers: dict[str, Callable] = {"torch": lambda: _torch_decode(format, codes, absmax, dtype)}
-    if format == "nf4":
+    if format == "nf4" and bnb:
         packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
         peers["bitsandbytes"] = lambda: bnb.dequantize_4bit(packed, state)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import datetime
 import json
 import os
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import tables
 import torch
-import usaf_ext
+from environment import environment
 from pairing import Copy
 
 RESULTS = Path(__file__).parent / "results"
 _COPY_BYTES = 256 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_PACKAGES = ("torch", "transformers", "bitsandbytes", "experts4bit-qlora")
 
 
 def pytest_addoption(parser):
@@ -65,36 +61,6 @@ def copy() -> Copy:
     return Copy(lambda: target.copy_(source), 2 * _COPY_BYTES)
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
-
-
-def _environment(config) -> dict:
-    return {
-        "device": f"{_cpu_model()}, {os.cpu_count()} processors, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {
-            "usaf_ext": usaf_ext.__version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
-        },
-        "command": "pytest " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "load_average_at_start": config.usaf_load_average,
-    }
-
-
 def pytest_sessionstart(session):
     session.config.usaf_load_average = os.getloadavg()[0]
 
@@ -104,15 +70,20 @@ def pytest_terminal_summary(terminalreporter, config):
     benchmarks = [bench for bench in getattr(session, "benchmarks", []) if bench.stats.rounds]
     if not benchmarks:
         return
-    environment = _environment(config)
-    rows = tables.rows_of(benchmarks)
+    command = "pytest " + " ".join(sys.argv[1:])
+    head = environment(torch.device("cpu"), command, _COPY_BYTES, config.usaf_load_average)
+    measurements = [
+        tables.Measurement(bench.name.removeprefix("test_"), bench.extra_info, list(bench.stats.data))
+        for bench in benchmarks
+    ]
+    rows = tables.rows_of(measurements)
     fits = tables.linear_fits(rows)
-    text = tables.markdown(environment, rows, fits)
+    text = tables.markdown(head, rows, fits)
     terminalreporter.write_line("\n" + text)
     name = config.getoption("--report")
     if name:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.md").write_text(text)
-        result = {**environment, "rows": rows, "linear_fits": fits}
+        result = {**head, "rows": rows, "linear_fits": fits}
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         terminalreporter.write_line(f"written: bench/results/{name}.md, bench/results/{name}.json")

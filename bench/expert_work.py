@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases import OpShape, Work, nbytes
+from cases import OpShape, Random, Work, nbytes
 from torch import Tensor
 from usaf_ext import ops
 
 
 def _routed(shape: OpShape):
     """hidden, weights, grad_out, the pairs' order by expert, and our permuted rows, offsets and inverse."""
-    hidden, index, weights, grad_out = shape.layer.inputs()
+    hidden, index, weights, grad_out = shape.layer.inputs(device=shape.device)
     order = index.flatten().argsort(stable=True)
     return hidden, index, weights, grad_out, order, *ops.expert_gather(hidden, index, shape.layer.num_experts)
 
@@ -31,6 +31,19 @@ def _gather(shape: OpShape) -> Work:
         nbytes(hidden, index, permuted, offsets, inverse),
         lambda: ops.expert_gather(hidden, index, shape.layer.num_experts)[0],
         {"torch": torch_gather},
+    )
+
+
+def _sort(shape: OpShape) -> Work:
+    """The gather of 8 columns: what is left is the sort."""
+    hidden, index, _, _ = shape.layer.inputs(device=shape.device)
+    narrow, top_k = hidden[:, :8].contiguous(), shape.layer.top_k
+    permuted, offsets, inverse = ops.expert_gather(narrow, index, shape.layer.num_experts)
+    return Work(
+        str(shape.layer),
+        nbytes(narrow, index, permuted, offsets, inverse),
+        lambda: ops.expert_gather(narrow, index, shape.layer.num_experts)[0],
+        {"torch": lambda: narrow.index_select(0, index.flatten().argsort(stable=True) // top_k)},
     )
 
 
@@ -71,11 +84,11 @@ def _scatter_backward(shape: OpShape) -> Work:
 
 def _expert_activations(shape: OpShape) -> tuple[Tensor, Tensor, Tensor]:
     """gate_up [N, 2I], grad_h [N, I] in bf16 and row_weight [N] in fp32, N = num_tokens * top_k."""
-    generator = torch.Generator().manual_seed(3)
+    random = Random(shape.device, seed=3)
     rows, width = shape.layer.num_tokens * shape.layer.top_k, shape.layer.intermediate_size
-    gate_up = torch.randn(rows, 2 * width, generator=generator).bfloat16()
-    grad_h = torch.randn(rows, width, generator=generator).bfloat16()
-    return gate_up, grad_h, torch.rand(rows, generator=generator)
+    gate_up = random.normal(rows, 2 * width).bfloat16()
+    grad_h = random.normal(rows, width).bfloat16()
+    return gate_up, grad_h, random.uniform(rows)
 
 
 def _glu(shape: OpShape) -> Work:
@@ -113,16 +126,17 @@ def _neurons(shape: OpShape) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     count = max(1, round(shape.density * width))
     index = [torch.randperm(width, generator=generator)[:count].sort().values for _ in range(experts)]
-    return torch.arange(experts, dtype=torch.int32).repeat_interleave(count), torch.cat(index).int()
+    expert = torch.arange(experts, dtype=torch.int32).repeat_interleave(count)
+    return expert.to(shape.device), torch.cat(index).int().to(shape.device)
 
 
 def _row_gradient(shape: OpShape) -> Work:
     _, _, _, _, _, permuted, offsets, _ = _routed(shape)
     grad_gate_up, weighted_h, _ = _expert_activations(shape)
     width, hidden_size = shape.layer.intermediate_size, shape.layer.hidden_size
-    grad_out = torch.randn(permuted.shape, generator=torch.Generator().manual_seed(4)).bfloat16()
+    grad_out = Random(shape.device, seed=4).normal(*permuted.shape).bfloat16()
     neuron_expert, neuron_index = _neurons(shape)
-    grad = torch.zeros(len(neuron_expert), 3, hidden_size)
+    grad = torch.zeros(len(neuron_expert), 3, hidden_size, device=shape.device)
     bounds, per_expert = offsets.tolist(), len(neuron_expert) // shape.layer.num_experts
 
     def ours():
@@ -151,8 +165,8 @@ def _row_importance(shape: OpShape) -> Work:
     _, _, _, _, _, permuted, offsets, _ = _routed(shape)
     grad_gate_up, weighted_h, _ = _expert_activations(shape)
     width, experts = shape.layer.intermediate_size, shape.layer.num_experts
-    grad_out = torch.randn(permuted.shape, generator=torch.Generator().manual_seed(4)).bfloat16()
-    importance = torch.zeros(experts, width)
+    grad_out = Random(shape.device, seed=4).normal(*permuted.shape).bfloat16()
+    importance = torch.zeros(experts, width, device=shape.device)
     bounds = offsets.tolist()
 
     def ours():
@@ -175,6 +189,7 @@ def _row_importance(shape: OpShape) -> Work:
 
 EXPERT_CASES: dict[str, Callable[[OpShape], Work]] = {
     "gather": _gather,
+    "sort": _sort,
     "scatter": _scatter,
     "scatter_backward": _scatter_backward,
     "glu": _glu,

@@ -35,10 +35,25 @@ def transformers_experts(case: LayerCase, seed: int = 1) -> Qwen3MoeExperts:
     return experts
 
 
-def paged_experts(peer: Qwen3MoeExperts, format: str = "nf4", device_budget: int | str = "auto") -> PagedExperts:
-    """Ours on the peer's weights."""
+def paged_experts(
+    peer: Qwen3MoeExperts,
+    format: str = "nf4",
+    device_budget: int | str = "auto",
+    device: torch.device | None = None,
+) -> PagedExperts:
+    """Ours on the peer's weights; on their device by default."""
     gate, up = peer.gate_up_proj.detach().chunk(2, dim=1)
-    return PagedExperts.from_weights(gate, up, peer.down_proj.detach(), format=format, device_budget=device_budget)
+    down = peer.down_proj.detach()
+    return PagedExperts.from_weights(gate, up, down, format=format, device_budget=device_budget, device=device)
+
+
+def paged_at_a_quarter(peer: Qwen3MoeExperts, resident: PagedExperts) -> PagedExperts:
+    """Ours on the device of `resident`, with slots for a quarter of the pages."""
+    memory = resident.layer.memory
+    page_bytes = memory.store.layout.page_bytes
+    smallest = memory.smallest_budget(memory.store, memory.dtype)
+    budget = smallest + (memory.store.num_experts // 4 - 2) * page_bytes
+    return paged_experts(peer, device_budget=max(smallest, budget), device=memory.device)
 
 
 def train_neurons(layer: PagedLayer, density: float, seed: int = 2) -> None:
@@ -47,7 +62,8 @@ def train_neurons(layer: PagedLayer, density: float, seed: int = 2) -> None:
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: max(1, round(density * total))]
     chosen = chosen.sort().values
     expert, index = chosen // layer.intermediate_size, chosen % layer.intermediate_size
-    layer.set_bank(RowBank.from_store(layer.store, layer.index, (expert.int(), index.int())))
+    neurons = expert.int(), index.int()
+    layer.set_bank(RowBank.from_store(layer.store, layer.index, neurons, device=layer.device))
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -1,9 +1,23 @@
-"""The benchmark report: one Markdown table and one JSON, from pytest-benchmark's own figures."""
+"""The benchmark report: one Markdown table and one JSON, from the seconds of each round."""
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One case. seconds: of each round, for ours.
+
+    info: size (text), bytes (moved, or None), threads, copy_rates (bytes/s of the copy, a round each), peers (name ->
+    seconds of each round); and axis, x, peer_x of a point on an axis.
+    """
+
+    name: str
+    info: dict[str, Any]
+    seconds: list[float]
 
 
 def _spread(values: list[float]) -> tuple[float, float]:
@@ -12,6 +26,11 @@ def _spread(values: list[float]) -> tuple[float, float]:
         return values[0], 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return statistics.median(values), high - low
+
+
+def _milliseconds(median: float, iqr: float) -> str:
+    digits = 2 if median >= 1 else 4
+    return f"{median:.{digits}f} +- {iqr:.{digits}f} ms"
 
 
 def _figures(name: str, info: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
@@ -34,15 +53,14 @@ def _figures(name: str, info: dict[str, Any], seconds: list[float]) -> dict[str,
     }
 
 
-def rows_of(benchmarks: list[Any]) -> list[dict[str, Any]]:
-    """A row for each benchmark and, below it, one for each of its peers, with ours / peer over the paired rounds.
+def rows_of(measurements: list[Measurement]) -> list[dict[str, Any]]:
+    """A row for each measurement and, below it, one for each of its peers, with ours / peer over the paired rounds.
 
-    Where peers are other points of an axis, extra_info["peer_x"] says where each stands.
+    Where peers are other points of an axis, info["peer_x"] says where each stands.
     """
     rows = []
-    for bench in benchmarks:
-        info, ours = bench.extra_info, list(bench.stats.data)
-        name = bench.name.removeprefix("test_")
+    for measurement in measurements:
+        name, info, ours = measurement.name, measurement.info, measurement.seconds
         row = _figures(name, info, ours)
         row.update({key: info[key] for key in ("axis", "x") if key in info})
         rows.append(row)
@@ -84,8 +102,8 @@ def markdown(environment: dict[str, Any], rows: list[dict], fits: list[dict]) ->
         f"Command: `{environment['command']}`  ",
         f"Date: {environment['date']}, load average at start {environment['load_average_at_start']:.2f}  ",
         "Each row: median over the rounds +- interquartile range. A peer ran in the same rounds, on the same inputs; "
-        "`ours / peer` is the median of the rounds' ratios. So is `% of copy`: a copy of 256 MiB, read + written, "
-        "ran in the same rounds too, at `copy` GB/s.  ",
+        "`ours / peer` is the median of the rounds' ratios. So is `% of copy`: a copy of "
+        f"{environment['copy']}, read + written, ran in the same rounds too, at `copy` GB/s.  ",
         "",
         "| case | size | bytes | time | GB/s | copy | % of copy | ours / peer |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -97,7 +115,7 @@ def markdown(environment: dict[str, Any], rows: list[dict], fits: list[dict]) ->
         share = f"{row['percent_of_copy']:.0f}%" if row["percent_of_copy"] else ""
         copy = f"{row['copy_gb_per_s']:.1f}" if row["copy_gb_per_s"] and "peer" not in row else ""
         ratio = f"{row['ours_over_peer']:.2f} +- {row['ours_over_peer_iqr']:.2f}" if "peer" in row else ""
-        timing = f"{row['median_ms']:.2f} +- {row['iqr_ms']:.2f} ms"
+        timing = _milliseconds(row["median_ms"], row["iqr_ms"])
         lines.append(f"| {name} | {size} | {moved} | {timing} | {rate} | {copy} | {share} | {ratio} |")
     if fits:
         lines += [

@@ -50,10 +50,7 @@ def test_layer(benchmark, threads, peer, ours, num_tokens):
 
 @pytest.mark.parametrize("num_tokens", [512, 2048])
 def test_layer_paged_at_a_quarter(benchmark, threads, peer, ours, num_tokens):
-    memory = ours.layer.memory
-    pages = memory.store.num_experts * memory.store.layout.page_bytes
-    budget = memory.smallest_budget(memory.store, memory.dtype) + pages // 4 - 2 * memory.store.layout.page_bytes
-    paged = layers.paged_experts(peer, device_budget=budget)
+    paged = layers.paged_at_a_quarter(peer, ours)
     layers.train_neurons(paged.layer, DENSITY)
     inputs = QWEN3_30B_LAYER.with_(num_tokens=num_tokens).inputs()
     resident = {"all pages resident": layers.ours_step(ours, inputs)}

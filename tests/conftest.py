@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.name.startswith(("test_gpu_", "test_emulated_")):
             item.add_marker("gpu_code")
-    items[:] = [item for item in items if devices.worth_running(getattr(item, "callspec", None))]
+    items[:] = devices.chosen(items, config.getoption("--run-slow"))
     if config.getoption("--run-slow"):
         return
     skip = pytest.mark.skip(reason="slow: runs with --run-slow (make test-full)")

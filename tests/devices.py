@@ -10,6 +10,7 @@ the op returns or writes comes back. Tests of what only the CPU does (range chec
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from usaf_ext import _C
 
 CPU = torch.device("cpu")
 _current = CPU
+_MAX_CASES = 30
 
 cpu_only = pytest.mark.parametrize("device", ["cpu"], indirect=True)
 
@@ -46,10 +48,22 @@ def names() -> list[str]:
     return ["cpu", *([gpu().type] if gpu() else [])]
 
 
-def worth_running(callspec: Any) -> bool:
-    """Whether a test's parameters are: a GPU has none of the CPU's instruction sets."""
-    parameters = callspec.params if callspec else {}
-    return parameters.get("device", "cpu") == "cpu" or parameters.get("isa", "plain") == "plain"
+def _parameters(item: Any) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def chosen(items: list[Any], all_cases: bool) -> list[Any]:
+    """The tests to run of those collected. A GPU has none of the CPU's instruction sets; and the emulated one, whose
+    kernels tests/test_gpu_*.py go through, is given some cases of each test only, unless `all_cases`."""
+    on_cpu = [item for item in items if _parameters(item).get("device", "cpu") == "cpu"]
+    cases: dict[str, list[Any]] = {}  # of each test, on the GPU
+    for item in items:
+        if _parameters(item).get("device", "cpu") != "cpu" and _parameters(item).get("isa", "plain") == "plain":
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    if is_emulated() and not all_cases:
+        cases = {name: random.Random(name).sample(of, min(len(of), _MAX_CASES)) for name, of in cases.items()}
+    kept = {id(item) for of in [on_cpu, *cases.values()] for item in of}
+    return [item for item in items if id(item) in kept]
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def test_the_device_itself(package):
 
 def test_the_ops(package):
     files = [*sorted(TESTS.glob("test_ops_*.py")), TESTS / "test_row_importance.py"]
-    check_passed(run(package, "-m", "pytest", "-k", "fake_gpu or test_ops_devices", *map(str, files)), 1000)
+    check_passed(run(package, "-m", "pytest", "-k", "fake_gpu or test_ops_devices", *map(str, files)), 500)
 
 
 def test_the_expert_layer(package):

@@ -14,6 +14,7 @@ POINTERS = dict(
     neuron_index_ptr=64,
     expert_hit_ptr=0,
     grad_squares_ptr=0,
+    overlay_rows_ptr=0,
 )
 
 

@@ -2,11 +2,11 @@
 # mix with the extension's; both define usaf::gpu (cpp/kernel_api.h). Contraction is off, as everywhere.
 #
 # USAF_CUDA, USAF_HIP   AUTO: with a torch of that kind, and (CUDA) nvcc. ON: also with another torch.
-# CMAKE_CUDA_ARCHITECTURES, USAF_HIP_ARCHITECTURES   the chips to compile for.
+# CMAKE_CUDA_ARCHITECTURES, USAF_HIP_ARCHITECTURES   the chips to compile for, if not all that the compiler knows.
 # Target usaf_hip_objects compiles hip/ alone, wherever there is a HIP compiler; nothing links the result.
 include(CheckLanguage)
 
-set(USAF_HIP_ARCHITECTURES "gfx1030;gfx1031" CACHE STRING "AMD chips; newer ones need device libraries that know them")
+set(USAF_HIP_ARCHITECTURES "" CACHE STRING "AMD chips, e.g. gfx1030;gfx1100; empty: all that the compiler knows")
 
 set(usaf_cuda OFF)
 if(USAF_CUDA STREQUAL "ON" OR (USAF_CUDA STREQUAL "AUTO" AND USAF_TORCH_GPU STREQUAL "cuda"))
@@ -56,10 +56,11 @@ endif()
 
 # HIP through a custom command: Debian's package has no hip-lang CMake files, so enable_language(HIP) cannot work there.
 if(USAF_HIPCC)
+  include(cpp/cmake/hip_compiler.cmake)
   file(GLOB usaf_hip_sources CONFIGURE_DEPENDS hip/*.hip)
   set(hip_flags -std=c++20 -O3 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra
     "-I${PROJECT_SOURCE_DIR}/cpp" "-I${PROJECT_SOURCE_DIR}/hip")
-  foreach(arch IN LISTS USAF_HIP_ARCHITECTURES)
+  foreach(arch IN LISTS usaf_hip_chips)
     list(APPEND hip_flags "--offload-arch=${arch}")
   endforeach()
   set(usaf_hip_outputs "")
@@ -68,8 +69,7 @@ if(USAF_HIPCC)
     set(object "${CMAKE_CURRENT_BINARY_DIR}/hip/${stem}.o")
     add_custom_command(OUTPUT "${object}" DEPENDS "${source}" DEPFILE "${object}.d" COMMENT "HIP ${stem}" VERBATIM
       COMMAND "${CMAKE_COMMAND}" -E make_directory "${CMAKE_CURRENT_BINARY_DIR}/hip"
-      COMMAND "${CMAKE_COMMAND}" -E env HIP_PLATFORM=amd "${USAF_HIPCC}" ${hip_flags} -MD -MT "${object}"
-              -MF "${object}.d" -c "${source}" -o "${object}")
+      COMMAND ${usaf_hip_command} ${hip_flags} -MD -MT "${object}" -MF "${object}.d" -c "${source}" -o "${object}")
     list(APPEND usaf_hip_outputs "${object}")
   endforeach()
   set_source_files_properties(${usaf_hip_outputs} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
@@ -81,5 +81,5 @@ if(usaf_hip)
   set_target_properties(usaf_gpu PROPERTIES LINKER_LANGUAGE CXX)
   target_link_libraries(_C PRIVATE usaf_gpu "${USAF_AMDHIP64}")
   target_compile_definitions(_C PRIVATE USAF_WITH_GPU=1 USAF_GPU_NAME="hip")
-  message(STATUS "GPU kernels: HIP for ${USAF_HIP_ARCHITECTURES}")
+  message(STATUS "GPU kernels: HIP for ${usaf_hip_chips}")
 endif()

@@ -76,6 +76,9 @@ class ExpertMemory:
         slab_bytes = num_slots * store.layout.page_bytes + _SLAB_ALIGN
         self._slab = torch.empty(slab_bytes, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(self._scratch_bytes(store, dtype), dtype=torch.uint8, device=device)
+        if device.type != "cpu":
+            # Work that is queued may still use this memory's former contents; pages come in on another stream.
+            torch.accelerator.synchronize(device)
         self.device_budget = self.device_bytes if device_budget == "auto" else parse_size(device_budget)
         first_slot = -(-self._slab.data_ptr() // _SLAB_ALIGN) * _SLAB_ALIGN
         native = open_device(device)

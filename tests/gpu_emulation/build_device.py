@@ -29,7 +29,7 @@ def _search_path() -> list[str]:
     return [str(pathlib.Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
 
 
-def _run(*command: str) -> None:
+def run_tool(*command: str) -> None:
     environment = {**os.environ, "PATH": os.pathsep.join(_search_path())}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode != 0:
@@ -42,8 +42,8 @@ def _link(link: pathlib.Path, target: pathlib.Path) -> None:
         link.symlink_to(target)
 
 
-def _lay_out_package(folder: pathlib.Path) -> None:
-    """The Python sources beside the emulated `_C`, and the device's module with its entry point."""
+def link_package(folder: pathlib.Path) -> None:
+    """The Python sources in folder/usaf_ext, where another `_C` is to stand beside them."""
     package = folder / "usaf_ext"
     package.mkdir(parents=True, exist_ok=True)
     sources = [path for path in (REPO / "python/usaf_ext").iterdir() if path.suffix != ".so" and path.name[:2] != "__"]
@@ -53,6 +53,10 @@ def _lay_out_package(folder: pathlib.Path) -> None:
             stale.unlink()
     for source in sources:
         _link(package / source.name, source)
+
+
+def _add_device(folder: pathlib.Path) -> None:
+    """The device's module, with its entry point."""
     _link(folder / "fake_gpu.py", HERE / "torch_device/fake_gpu.py")
     metadata = folder / "fake_gpu-0.dist-info"
     metadata.mkdir(exist_ok=True)
@@ -63,11 +67,12 @@ def _lay_out_package(folder: pathlib.Path) -> None:
 def build(backend: str = "cuda", build_dir: pathlib.Path = BUILD_DIR) -> pathlib.Path:
     """Build for the sources of `backend`; the folder for PYTHONPATH. Raises RuntimeError with the compiler's output."""
     packages = build_dir / "packages"
-    _lay_out_package(packages / backend)
+    link_package(packages / backend)
+    _add_device(packages / backend)
     flags = [f"-DUSAF_EMULATION_FLAGS_{name}={';'.join(['-O1', *compile_flags(name)])}" for name in BACKENDS]
     places = [f"-DUSAF_ROOT={REPO}", f"-DUSAF_PACKAGE_DIR={packages}", f"-DPython_EXECUTABLE={sys.executable}"]
-    _run("cmake", "-S", str(HERE / "torch_device"), "-B", str(build_dir), "-G", "Ninja", *places, *flags)
-    _run("cmake", "--build", str(build_dir), "--target", f"usaf_{backend}")
+    run_tool("cmake", "-S", str(HERE / "torch_device"), "-B", str(build_dir), "-G", "Ninja", *places, *flags)
+    run_tool("cmake", "--build", str(build_dir), "--target", f"usaf_{backend}")
     return packages / backend
 
 
