@@ -10,8 +10,10 @@ import logging
 
 import devices
 import pytest
+import stream_races
 import torch
 from expert_layers import EXPERTS, HIDDEN, INTERMEDIATE, routing, weights
+from stream_races import Races
 from torch.utils._python_dispatch import TorchDispatchMode
 from trained_models import banked_model, give_gradient, paged_model, same_bits, tokens
 from transformers import AutoModelForCausalLM
@@ -384,6 +386,32 @@ def test_gradients_cross_while_the_cpu_updates(tiny_checkpoint, on_gpu, monkeypa
         assert same_bits([mine.bank.codes, mine.bank.absmax], [theirs.bank.codes, theirs.bank.absmax])
         assert torch.equal(mine.bank.state_codes, mine.bank.codes.cpu())
     optimizer.check_progress()
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("left_out", [None, "wait_stream", "wait_event", "synchronize"])
+def test_all_that_crosses_is_ordered(tiny_checkpoint, on_gpu, monkeypatch, release, left_out):
+    """Gradients before they are cleared, codes before the next forward, staging before it is used again."""
+    model = banked_model(tiny_checkpoint, placement="host", mode="in_place")
+    optimizer = MaskedAdam(model, lr=1e-2)
+    if release:
+        share_gradients(paged_layers(model))
+    layers = paged_layers(model)
+    races = Races(GPU, monkeypatch)
+    if left_out is not None:
+        for kind in (stream_races._Stream, stream_races._Event):
+            monkeypatch.setattr(kind, left_out, lambda *_: None, raising=False)
+    with races:
+        for _ in range(3):
+            for layer in reversed(layers) if release else layers:
+                layer.bank.decode()  # as a forward and a backward do
+                give_gradient(layer, torch.ones_like(layer.bank.grad))
+                if release:
+                    optimizer.step_layer(layer)
+            optimizer.step()
+    # Without release nothing is cleared before the step ends, which waits for all copies.
+    needed = left_out is not None and (release or left_out != "wait_event")
+    assert bool(races.found) == needed, races.found
 
 
 # The command line
