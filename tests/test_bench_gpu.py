@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -31,20 +32,23 @@ esac
 """
 
 
-def run_script(*arguments: str, path: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    *arguments: str, path: str | None = None, script: str = "gpu.sh", **environment: str
+) -> subprocess.CompletedProcess[str]:
     import os
 
     variables = {**os.environ, **environment}
     if path is not None:
         variables["PATH"] = path + os.pathsep + variables["PATH"]
-    command = ["bash", str(REPO / "bench/gpu.sh"), *arguments]
+    command = ["bash", str(REPO / "bench" / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=variables)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
+@pytest.mark.parametrize("script", ["gpu.sh", "gpu_tuning.sh"])
+def test_without_a_gpu_it_says_so(tmp_path, script):
     folder = str(pathlib.Path(sys.executable).parent)
-    result = run_script(str(tmp_path / "out"), path=folder)
+    result = run_script(str(tmp_path / "out"), path=folder, script=script)
     assert result.returncode == 2
     assert "no GPU" in result.stderr
 
@@ -58,6 +62,12 @@ def test_bad_arguments(tmp_path, arguments, message):
     result = run_script(*(str(tmp_path / argument) if argument == "out" else argument for argument in arguments))
     assert result.returncode == 2
     assert message in result.stderr
+
+
+def test_the_constants_that_are_tuned_stand_where_the_script_seeks_them():
+    (pack, adam) = re.search(r'VARIANTS=\("(\d) (\d)"', (REPO / "bench/gpu_tuning.sh").read_text()).groups()
+    assert f"constexpr int kBlocksPerSm = {pack};" in (REPO / "cuda/pack.h").read_text()
+    assert f"constexpr int kBlocksPerSm = {adam};" in (REPO / "cuda/masked_adam.cu").read_text()
 
 
 def test_a_failed_part_does_not_stop_the_next(tmp_path):
