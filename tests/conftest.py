@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.name.startswith(("test_gpu_", "test_emulated_")):
             item.add_marker("gpu_code")
-        on_device = item.callspec.params.get("device", "cpu") != "cpu" if hasattr(item, "callspec") else False
-        if on_device or item.path.name in NEED_A_GPU:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("device") in devices.names()[1:] or item.path.name in NEED_A_GPU:
             item.add_marker("gpu")
     items[:] = devices.chosen(items, config.getoption("--run-slow"))
     if config.getoption("--run-slow"):
