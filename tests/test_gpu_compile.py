@@ -81,10 +81,14 @@ def compile_hip(hipcc: str, source: pathlib.Path, folder: pathlib.Path) -> dict[
     return {arch: next(folder.glob(f"{source.stem}*{arch}*.s")).read_text() for arch in HIPCC_ARCHS}
 
 
-def compile_hip_by_clang(clang: str, source: pathlib.Path, arch: str, folder: pathlib.Path) -> str:
+def device_libs(clang: str, archs: tuple[str, ...], folder: pathlib.Path) -> pathlib.Path:
+    libs = folder / "device_libs"
+    run([sys.executable, str(REPO / "cpp/cmake/hip_device_libs.py"), clang, str(libs), *archs], folder)
+    return libs
+
+
+def compile_hip_by_clang(clang: str, libs: pathlib.Path, source: pathlib.Path, arch: str, folder: pathlib.Path) -> str:
     """The assembly, made as cpp/cmake/hip_compiler.cmake has it made; the host's part is hipcc's to test."""
-    libs = folder / f"device_libs_{arch}"
-    run([sys.executable, str(REPO / "cpp/cmake/hip_device_libs.py"), clang, str(libs), arch], folder)
     command = [clang, "-x", "hip", f"--rocm-device-lib-path={libs}", "-mcode-object-version=4", "-std=c++20", "-O3"]
     command += ["-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{REPO / 'cpp'}", f"-I{REPO / 'hip'}"]
     out = folder / f"{source.stem}_{arch}.s"
@@ -94,11 +98,12 @@ def compile_hip_by_clang(clang: str, source: pathlib.Path, arch: str, folder: pa
 
 def hip_by_clang(archs: tuple[str, ...], folder: pathlib.Path) -> dict[pathlib.Path, dict[str, str]]:
     clang = compiler(CLANG)
+    libs = device_libs(clang, archs, folder)
     # The longest first.
     jobs = [(source, arch) for source in sorted(HIP_SOURCES, key=lambda s: -s.stat().st_size) for arch in archs]
     found: dict[pathlib.Path, dict[str, str]] = {source: {} for source in HIP_SOURCES}
     with ThreadPoolExecutor(2) as pool:
-        texts = pool.map(lambda job: compile_hip_by_clang(clang, *job, folder), jobs)
+        texts = pool.map(lambda job: compile_hip_by_clang(clang, libs, *job, folder), jobs)
         for (source, arch), text in zip(jobs, texts):
             found[source][arch] = text
     return found
@@ -206,7 +211,8 @@ def test_hip_product_and_conversion_stay_two(arch, tmp_path):
     """What to_f16 prevents is there without it, and is seen."""
     source = tmp_path / "half_of_a_product.hip"
     source.write_text(HALF_OF_A_PRODUCT)
-    kernels = hip_kernels(compile_hip_by_clang(compiler(CLANG), source, arch, tmp_path))
+    clang = compiler(CLANG)
+    kernels = hip_kernels(compile_hip_by_clang(clang, device_libs(clang, (arch,), tmp_path), source, arch, tmp_path))
     fused = {name: fused_by_clang(instructions)[1] for name, instructions in kernels.items()}
     plainly, guarded = (next(name for name in fused if part in name) for part in ("written_plainly", "by_to_f16"))
     assert fused[plainly] == ["v_fma_mixlo_f16"]
