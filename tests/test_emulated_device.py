@@ -4,6 +4,7 @@ device of the tests' own. It is built here, and what takes a device is tested on
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -92,3 +93,14 @@ def test_the_self_check(package):
     assert len(statuses) == len(self_check.checks()), result.stdout + result.stderr
     assert set(statuses) <= {"pass", "absent"}, result.stdout
     assert result.returncode == 0
+
+
+def test_the_benchmarks_of_a_gpu(package, tmp_path):
+    """They find everything on the device; the times are the emulator's and say nothing."""
+    cases = "^(decode_nf4_bf16|adam_master_nf4|sort|copies|step.*)$"
+    sizes = ["--device", "fake_gpu", "--size", "test", "--rounds", "1"]
+    result = run(package, str(TESTS.parent / "bench/gpu_bench.py"), *sizes, "--only", cases, "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    ours = [row["case"] for row in rows if "peer" not in row]
+    assert ours == ["decode_nf4_bf16", "adam_master_nf4", "copies", "step[37]", "sort"]
