@@ -1,4 +1,4 @@
-"""Timing on any device, in rounds that ours, the peers and a copy share: events on a GPU, the clock on the CPU.
+"""Timing on any device, in rounds that ours, the peers and a copy share: events on CUDA and ROCm, else the clock.
 
 Works take turns, so that no run finds its inputs in the device's cache, and a reading covers several calls, so that the
 host is ahead of the device and the launch of the first is all that it adds.
@@ -26,12 +26,19 @@ WARM_UPS = 2
 Calls = Sequence[Callable[[], Any]]
 
 
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def seconds_of(calls: Calls, device: torch.device) -> float:
     """Seconds that `device` takes for the calls, one after another."""
-    if device.type == "cpu":
+    if device.type != "cuda":  # the emulated device's events carry no times
+        _synchronize(device)
         start = time.perf_counter()
         for call in calls:
             call()
+        _synchronize(device)
         return time.perf_counter() - start
     begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
     begin.record()

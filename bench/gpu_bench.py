@@ -26,7 +26,7 @@ from environment import environment
 from op_cases import OP_CASES
 from paging_work import Paging
 from pairing import Copy
-from tables import rows_of
+from tables import Measurement, rows_of
 from usaf_ext.devices import resolve_device
 
 logger = logging.getLogger("gpu_bench")
@@ -101,13 +101,20 @@ def cases(device: torch.device, size: str) -> Iterator[tuple[str, Callable[[], l
             yield name, lambda name=name: _op_works(OP_CASES[name], shape)
 
 
+def _write(out: Path, result: dict) -> None:
+    (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def run(device: torch.device, size: str, seconds: float, only: str, rounds: int, out: Path) -> int:
     """Measure, writing after each case; how many failed."""
     start = time.monotonic()
     command = "python " + " ".join(sys.argv)
     head = environment(device, command, COPY_BYTES[size], os.getloadavg()[0])
     copy = _copy_on(device, COPY_BYTES[size])
-    measured, failed, left_out = [], {}, []
+    measured: list[Measurement] = []
+    failed: dict[str, str] = {}
+    left_out: list[str] = []
+    result = {**head, "size": size, "rows": [], "failed": failed, "left_out": left_out}
     for name, build in cases(device, size):
         if not re.search(only, name):
             continue
@@ -121,16 +128,14 @@ def run(device: torch.device, size: str, seconds: float, only: str, rounds: int,
         except Exception as error:  # the other cases are still worth having
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             logger.exception("%s failed", name)
-        works = None
+        works = []  # frees the device's memory
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        result = {**head, "size": size, "rows": rows_of(measured), "failed": failed, "left_out": left_out}
-        (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+        result["rows"] = rows_of(measured)
+        _write(out, result)
         logger.info("%s: %.1f s so far", name, time.monotonic() - start)
-    if left_out:
-        result["left_out"] = left_out
-        (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    _write(out, result)
     return len(failed)
 
 

@@ -6,6 +6,8 @@ import devices
 import pytest
 import torch
 
+NEED_A_GPU = {"test_cuda_graphs.py", "test_gpu_layer.py", "test_gpu_package.py", "test_ops_devices.py"}
+
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow (make test-full)")
@@ -13,6 +15,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs with --run-slow only")
+    config.addinivalue_line("markers", "gpu: runs on a GPU, the emulated one included (bench/gpu.sh)")
     config.addinivalue_line("markers", "gpu_code: compiles or emulates the GPU sources (make test-gpu-code)")
 
 
@@ -21,6 +24,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.name.startswith(("test_gpu_", "test_emulated_")):
             item.add_marker("gpu_code")
+        on_device = item.callspec.params.get("device", "cpu") != "cpu" if hasattr(item, "callspec") else False
+        if on_device or item.path.name in NEED_A_GPU:
+            item.add_marker("gpu")
     items[:] = devices.chosen(items, config.getoption("--run-slow"))
     if config.getoption("--run-slow"):
         return

@@ -105,8 +105,10 @@ def glu(gate_up: Tensor, activation: str, interleaved: bool = False, bias: Tenso
         gate_up = gate_up + bias
     gate, up = (gate_up[:, 0::2], gate_up[:, 1::2]) if interleaved else gate_up.chunk(2, -1)
     if activation == "swiglu_clamped":
-        gate = gate.clamp(max=7.0)
-        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+        # Not clamp: at the bound itself its gradient is 1 up to torch 2.13 and 0 from 2.14 on; here it is 1.
+        gate = torch.where(gate > 7.0, 7.0, gate)
+        up = torch.where(up > 7.0, 7.0, torch.where(up < -7.0, -7.0, up))
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
     return act(gate, activation) * up
 
 

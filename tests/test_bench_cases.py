@@ -76,27 +76,27 @@ def test_affine_fit_names_the_worst_point():
 
 
 def test_rows_pair_each_round():
-    class Stats:
-        data = [2.0, 4.0, 6.0]
-
-    class Bench:
-        name = "test_op[x]"
-        extra_info = {
-            "size": "s",
-            "bytes": 4_000_000_000,
-            "copy_rates": [4e9, 4e9, 1e9],
-            "threads": 1,
-            "axis": "tokens",
-            "x": 8,
-            "peer_x": {"torch": 4},
-            "peers": {"torch": [1.0, 4.0, 12.0]},
-        }
-        stats = Stats()
-
-    ours, peer = tables.rows_of([Bench()])
+    info = {
+        "size": "s",
+        "bytes": 4_000_000_000,
+        "copy_rates": [4e9, 4e9, 1e9],
+        "threads": 1,
+        "axis": "tokens",
+        "x": 8,
+        "peer_x": {"torch": 4},
+        "peers": {"torch": [1.0, 4.0, 12.0]},
+    }
+    ours, peer = tables.rows_of([tables.Measurement("op[x]", info, [2.0, 4.0, 6.0])])
     assert ours["gb_per_s"] == pytest.approx(1.0)
     assert ours["percent_of_copy"] == pytest.approx(50.0)  # the median of 50, 25 and 67
     assert (ours["x"], peer["x"], peer["axis"]) == (8, 4, "tokens")
     assert peer["ours_over_peer"] == pytest.approx(1.0)  # the median of 2, 1 and 0.5, not 4 / 4
-    environment = {"device": "d", "versions": {}, "command": "c", "date": "t", "load_average_at_start": 0.0}
+    environment = {
+        "device": "d",
+        "versions": {},
+        "command": "c",
+        "date": "t",
+        "load_average_at_start": 0.0,
+        "copy": "1 GiB",
+    }
     assert "1.00 +- " in tables.markdown(environment, [ours, peer], [])
