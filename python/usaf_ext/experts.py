@@ -131,7 +131,8 @@ class PagedLayer:
         for name, tensor in (("hidden", hidden), ("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
             if tensor.device != self.device:
                 raise ValueError(
-                    f"{name}: expected on {self.device}, where this model's experts are, got one on {tensor.device}"
+                    f"{name}: expected on {self.device}, where this model's experts are, got one on {tensor.device} "
+                    "(experts do not follow Module.to: name the device when the model is loaded)"
                 )
         handle = self.native.handle
         arguments = (hidden, top_k_index, top_k_weights, self.anchor, handle, torch.is_grad_enabled())
