@@ -6,11 +6,11 @@
 // four rows before it uses the first. NF4's values and gaps lie in shared memory, 16 entries in 16 banks each: no two
 // lanes conflict within one. Bytes moved a weight: 4 of fp32, 1 of residual, half a byte to 2 of codes, and the scales.
 #include "gpu/alignment.h"
-#include "gpu/with_format.h"
 #include "kernel_api.h"
 #include "launch.h"
 #include "pack.h"
 #include "quad.h"
+#include "with_format.h"
 
 namespace usaf::gpu {
 namespace {

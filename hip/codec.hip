@@ -10,11 +10,11 @@
 #include <type_traits>
 
 #include "gpu/alignment.h"
-#include "gpu/with_format.h"
 #include "kernel_api.h"
 #include "launch.h"
 #include "numerics/block_codec.h"
 #include "pack.h"
+#include "with_format.h"
 
 namespace usaf::gpu {
 namespace {

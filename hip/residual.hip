@@ -7,11 +7,11 @@
 // 16 entries in 16 banks each: no conflicts. Bytes moved a weight: 4 of fp32, 1 of residual, half a byte to 2 of codes,
 // and the scales.
 #include "gpu/alignment.h"
-#include "gpu/with_format.h"
 #include "kernel_api.h"
 #include "launch.h"
 #include "pack.h"
 #include "quad.h"
+#include "with_format.h"
 
 namespace usaf::gpu {
 namespace {

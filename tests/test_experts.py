@@ -187,3 +187,13 @@ def test_bad_modules():
         torch.ops.usaf.experts_forward(*(torch.zeros(1, 1),) * 4, 10**9, False)
     with pytest.raises(ValueError, match="paged experts"):
         paged_layers(nn.Linear(2, 2))
+
+
+def test_an_index_written_to_behind_torchs_back_is_routed_anew():
+    """A router's kernel, or numpy, writes to the same buffer before each forward, and no version tells of it."""
+    experts = module_with_bank(torch.float32)
+    (hidden, (index, router)), (_, (other, _)) = ((torch.randn(9, HIDDEN), routing(9, 2)) for _ in range(2))
+    expected = experts(hidden, other, router)
+    experts(hidden, index, router)
+    index.data.copy_(other)
+    assert torch.equal(experts(hidden, index, router), expected)

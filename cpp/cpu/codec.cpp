@@ -1,6 +1,7 @@
 // Encode and decode rows. Threads share the rows. Every function exists once for each instruction set (isa.h): a plain
 // loop compiled for it (codec_generic.h), or what codec_avx2.h and codec_avx512.h write by hand.
 #include "../kernel_api.h"
+#include "../with_format.h"
 #include "codec_avx2.h"
 #include "codec_avx512.h"
 #include "codec_generic.h"
@@ -104,23 +105,6 @@ void with_isa(const Body& body) {
   }
 #endif
   body.template operator()<Plain>();
-}
-
-// body.operator()<kFormat>().
-template <class Body>
-void with_format(Format format, const Body& body) {
-  switch (format) {
-    case Format::bf16:
-      return body.template operator()<Format::bf16>();
-    case Format::nf4:
-      return body.template operator()<Format::nf4>();
-    case Format::nf4_f16:
-      return body.template operator()<Format::nf4_f16>();
-    case Format::int8:
-      return body.template operator()<Format::int8>();
-    case Format::fp8:
-      return body.template operator()<Format::fp8>();
-  }
 }
 
 constexpr int64_t kCacheLine = 64;

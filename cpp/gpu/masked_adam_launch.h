@@ -6,8 +6,8 @@
 
 #include "../kernel_api.h"
 #include "../numerics/adam_quad.h"
+#include "../with_format.h"
 #include "alignment.h"
-#include "with_format.h"
 
 namespace usaf::gpu {
 

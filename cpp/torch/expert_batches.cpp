@@ -65,15 +65,15 @@ MicroBatches::MicroBatches(ExpertLayer& layer, Phase phase, at::TensorList x, at
   TORCH_CHECK_VALUE(x[0].is_cpu() == (std::string_view(device) == "cpu"),
                     "x: expected a tensor on the layer's device (", device, "), got one on ", x[0].device());
   int64_t num_pairs = 0;
-  std::vector<Tensor> sorted;
+  std::vector<Tensor> contiguous;
   for (size_t i = 0; i < x.size(); ++i) {
     check_device(x[i], "x", x[0]);
-    sorted.push_back(index[i].contiguous());
-    check_micro_batch(layer, x[i], sorted[i], weights[i]);
+    contiguous.push_back(index[i].contiguous());
+    check_micro_batch(layer, x[i], contiguous[i], weights[i]);
     if (grad_out) check_grad_out((*grad_out)[i], x[i]);
-    num_pairs += sorted[i].numel();
+    num_pairs += contiguous[i].numel();
   }
-  const Routings routings = route(layer, sorted, phase);
+  const Routings routings = grad_out ? kept_routings(layer, contiguous) : sorted_routings(layer, contiguous, phase);
   for (size_t i = 0; i < x.size(); ++i) {
     batches_.push_back({x[i].contiguous(), weights[i].to(at::kFloat).contiguous(),
                         grad_out ? (*grad_out)[i].contiguous() : Tensor(), weights[i].scalar_type(), routings[i]});

@@ -41,10 +41,13 @@ DecodedExpert GpuDecoder::decode(const ExpertPage& expert) const {
   return {view(0, 2), view(kDown, 1)};
 }
 
+void* GpuDecoder::target(int matrix) const {
+  return static_cast<char*>(layer_.scratch()) +
+         matrix * layout_.intermediate_size * layout_.hidden_size * element_size(layer_.dtype());
+}
+
 Tensor GpuDecoder::view(int matrix, int64_t count) const {
-  const int64_t matrix_bytes = layout_.intermediate_size * layout_.hidden_size * element_size(layer_.dtype());
-  return at::for_blob(static_cast<char*>(layer_.scratch()) + matrix * matrix_bytes,
-                      {count * layout_.intermediate_size, layout_.hidden_size})
+  return at::for_blob(target(matrix), {count * layout_.intermediate_size, layout_.hidden_size})
       .options(options_)
       .target_device(options_.device())
       .make_tensor();
@@ -52,24 +55,29 @@ Tensor GpuDecoder::view(int matrix, int64_t count) const {
 
 // Matrices of the same shape, whose codes and scales follow each other in the page.
 void GpuDecoder::decode_matrices(const uint8_t* page, int first, int count) const {
-  gpu::decode_rows({page + layout_.codes_offset[first], page + layout_.absmax_offset[first],
-                    view(first, 1).mutable_data_ptr(), nullptr, nullptr, count * layout_.rows[first],
-                    layout_.cols[first], layout_.cols[first], layout_.format, layer_.dtype()},
+  gpu::decode_rows(
+      {page + layout_.codes_offset[first], page + layout_.absmax_offset[first], target(first), nullptr, nullptr,
+       count * layout_.rows[first], layout_.cols[first], layout_.cols[first], layout_.format, layer_.dtype()},
+      stream_);
+}
+
+// The rows of neurons [first, first + count) of a bank; `out_index`: where they go in `out`, or null.
+void GpuDecoder::decode_neurons(const RowBank& bank, int64_t first, int64_t count, void* out,
+                                const int64_t* out_index) const {
+  const Format format = layout_.format;
+  const int64_t first_row = kMatricesPerExpert * first, hidden_size = layout_.hidden_size;
+  const char* absmax = static_cast<const char*>(bank.pointers().absmax);
+  gpu::decode_rows({bank.pointers().codes + first_row * code_bytes(format, hidden_size),
+                    absmax + first_row * num_blocks(format, hidden_size) * scale_bytes(format), out, nullptr, out_index,
+                    kMatricesPerExpert * count, hidden_size, hidden_size, format, layer_.dtype()},
                    stream_);
 }
 
 void GpuDecoder::overlay(const RowBank* bank, int64_t expert) const {
   if (bank == nullptr) return;
-  const BankPointers& rows = bank->pointers();
-  const int64_t first = kMatricesPerExpert * bank->first_neuron(expert);
-  const int64_t count = kMatricesPerExpert * bank->first_neuron(expert + 1) - first, hidden_size = layout_.hidden_size;
+  const int64_t first = bank->first_neuron(expert), count = bank->first_neuron(expert + 1) - first;
   if (count == 0) return;
-  gpu::decode_rows({rows.codes + first * code_bytes(layout_.format, hidden_size),
-                    static_cast<const char*>(rows.absmax) +
-                        first * num_blocks(layout_.format, hidden_size) * scale_bytes(layout_.format),
-                    layer_.scratch(), nullptr, rows.overlay_rows + first, count, hidden_size, hidden_size,
-                    layout_.format, layer_.dtype()},
-                   stream_);
+  decode_neurons(*bank, first, count, layer_.scratch(), bank->pointers().overlay_rows + kMatricesPerExpert * first);
 }
 
 // Where W_down stands as it is, the banks' rows of W_down^T are its columns.
@@ -80,22 +88,16 @@ Tensor GpuDecoder::down_as_it_is(const ExpertPage& expert) const {
 
 void GpuDecoder::overlay_columns(const RowBank* bank, int64_t expert, const DecodedExpert& decoded) const {
   if (bank == nullptr) return;
-  const BankPointers& rows = bank->pointers();
   const int64_t hidden_size = layout_.hidden_size, end = bank->first_neuron(expert + 1);
   for (int64_t first = bank->first_neuron(expert); first < end; first += kColumnsAtOnce) {
-    const int64_t count = std::min(kColumnsAtOnce, end - first), first_row = kMatricesPerExpert * first;
+    const int64_t count = std::min(kColumnsAtOnce, end - first);
     const Tensor values = at::empty({count, kMatricesPerExpert, hidden_size}, options_);
-    gpu::decode_rows({rows.codes + first_row * code_bytes(layout_.format, hidden_size),
-                      static_cast<const char*>(rows.absmax) +
-                          first_row * num_blocks(layout_.format, hidden_size) * scale_bytes(layout_.format),
-                      values.mutable_data_ptr(), nullptr, nullptr, kMatricesPerExpert * count, hidden_size, hidden_size,
-                      layout_.format, layer_.dtype()},
-                     stream_);
-    const Tensor targets =
-        at::for_blob(const_cast<int64_t*>(rows.overlay_rows + first_row), {count, kMatricesPerExpert})
-            .options(options_.dtype(at::kLong))
-            .target_device(options_.device())
-            .make_tensor();
+    decode_neurons(*bank, first, count, values.mutable_data_ptr(), nullptr);
+    const int64_t* overlay_rows = bank->pointers().overlay_rows + kMatricesPerExpert * first;
+    const Tensor targets = at::for_blob(const_cast<int64_t*>(overlay_rows), {count, kMatricesPerExpert})
+                               .options(options_.dtype(at::kLong))
+                               .target_device(options_.device())
+                               .make_tensor();
     decoded.gate_up.index_copy_(0, targets.narrow(1, 0, 2).reshape(-1),
                                 values.narrow(1, 0, 2).reshape({-1, hidden_size}));
     decoded.down.index_copy_(0, targets.select(1, kDown).sub(kDown * layout_.intermediate_size),

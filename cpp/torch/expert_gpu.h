@@ -26,8 +26,10 @@ class GpuDecoder {
   DecodedExpert decode(const ExpertPage& expert) const;
 
  private:
+  void* target(int matrix) const;
   at::Tensor view(int matrix, int64_t count) const;
   void decode_matrices(const uint8_t* page, int first, int count) const;
+  void decode_neurons(const RowBank& bank, int64_t first, int64_t count, void* out, const int64_t* out_index) const;
   void overlay(const RowBank* bank, int64_t expert) const;
   void overlay_columns(const RowBank* bank, int64_t expert, const DecodedExpert& decoded) const;
   at::Tensor down_as_it_is(const ExpertPage& expert) const;

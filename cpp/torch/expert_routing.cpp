@@ -25,18 +25,21 @@ std::mutex& kept_mutex() {
 
 #ifdef USAF_WITH_GPU
 void read_counts(ExpertLayer& layer, const std::vector<Tensor>& index, const std::vector<std::shared_ptr<Routing>>& to,
-                 bool announce, Phase phase, void* stream) {
+                 Phase phase, void* stream) {
   HostReadback& readback = layer.sweep().readback();
   const int64_t entries = layer.num_experts() + 1, bytes = entries * static_cast<int64_t>(sizeof(int32_t));
   readback.reserve(bytes * static_cast<int64_t>(to.size()));
+  int64_t num_pairs = 0;
   for (size_t i = 0; i < to.size(); ++i) {
+    num_pairs += index[i].numel();
     const int64_t num_chunks = num_sort_chunks(index[i].numel());
     const Tensor counts = int32_like(index[i], {num_chunks, layer.num_experts()});
     gpu::sort_by_expert(to[i]->sort_arguments(index[i], counts.mutable_data_ptr<int32_t>()), stream);
     readback.copy(static_cast<int64_t>(i) * bytes, to[i]->offsets().const_data_ptr(), bytes, stream);
   }
   readback.finish(stream);
-  if (announce) layer.sweep().announce(layer.layer(), phase);
+  if (phase != Phase::backward && is_dense(num_pairs, layer.num_experts()))
+    layer.sweep().announce(layer.layer(), phase);
   const auto* offsets = reinterpret_cast<const int32_t*>(readback.wait());
   for (size_t i = 0; i < to.size(); ++i) to[i]->set_counts(offsets + static_cast<int64_t>(i) * entries);
 }
@@ -66,15 +69,16 @@ void Routing::set_counts(const int32_t* offsets) {
   for (size_t i = 1; i < first_rows_.size(); ++i) tokens_.push_back(first_rows_[i] - first_rows_[i - 1]);
 }
 
+bool KeptRoutings::Entry::is_of(const Tensor& index) const {
+  return storage.lock().get() == index.storage().unsafeGetStorageImpl() && storage_offset == index.storage_offset() &&
+         index.sizes() == sizes;
+}
+
 std::shared_ptr<const Routing> KeptRoutings::find(const Tensor& index) const {
   if (index.is_inference()) return nullptr;
   const std::lock_guard lock(kept_mutex());
   for (const Entry& entry : entries_) {
-    const auto storage = entry.storage.lock();
-    if (storage.get() == index.storage().unsafeGetStorageImpl() && entry.storage_offset == index.storage_offset() &&
-        index.sizes() == entry.sizes && index.is_contiguous() && entry.version == index._version()) {
-      return entry.routing;
-    }
+    if (entry.is_of(index) && entry.version == index._version()) return entry.routing;
   }
   return nullptr;
 }
@@ -82,47 +86,39 @@ std::shared_ptr<const Routing> KeptRoutings::find(const Tensor& index) const {
 void KeptRoutings::keep(const Tensor& index, std::shared_ptr<const Routing> routing) {
   if (index.is_inference()) return;  // it has no version, and no backward
   const std::lock_guard lock(kept_mutex());
-  std::erase_if(entries_, [](const Entry& entry) { return entry.storage.expired(); });
+  std::erase_if(entries_, [&](const Entry& entry) { return entry.storage.expired() || entry.is_of(index); });
   entries_.push_back({index.storage().getWeakStorageImpl(), index.storage_offset(), index.sizes().vec(),
                       index._version(), std::move(routing)});
 }
 
-Routings route(ExpertLayer& layer, const std::vector<Tensor>& index, [[maybe_unused]] Phase phase) {
-  if (!layer.kept_routings) layer.kept_routings = std::make_shared<KeptRoutings>();
-  KeptRoutings& kept = *layer.kept_routings;
-  Routings routings;
-  std::vector<Tensor> new_index;
+Routings sorted_routings(ExpertLayer& layer, const std::vector<Tensor>& index, [[maybe_unused]] Phase phase) {
   std::vector<std::shared_ptr<Routing>> made;
-  std::vector<size_t> places;
-  int64_t num_pairs = 0;
-  for (const Tensor& one : index) {
-    num_pairs += one.numel();
-    routings.push_back(kept.find(one));
-    if (routings.back()) continue;
-    made.push_back(std::make_shared<Routing>(one, layer.num_experts()));
-    new_index.push_back(one);
-    places.push_back(routings.size() - 1);
-  }
-  if (made.empty()) return routings;
+  for (const Tensor& one : index) made.push_back(std::make_shared<Routing>(one, layer.num_experts()));
   if (index[0].is_cpu()) {
     for (size_t i = 0; i < made.size(); ++i) {
-      cpu::sort_by_expert(made[i]->sort_arguments(new_index[i], nullptr), nullptr);
+      cpu::sort_by_expert(made[i]->sort_arguments(index[i], nullptr), nullptr);
       made[i]->set_counts(made[i]->offsets().const_data_ptr<int32_t>());
     }
   } else {
 #ifdef USAF_WITH_GPU
-    const bool announce = phase != Phase::backward && is_dense(num_pairs, layer.num_experts());
     try {
-      read_counts(layer, new_index, made, announce, phase, GpuBackend::Guard(index[0]).stream());
+      read_counts(layer, index, made, phase, GpuBackend::Guard(index[0]).stream());
     } catch (...) {
       layer.sweep().reset();
       throw;
     }
 #endif
   }
-  for (size_t i = 0; i < made.size(); ++i) {
-    routings[places[i]] = made[i];
-    kept.keep(new_index[i], made[i]);
+  if (!layer.kept_routings) layer.kept_routings = std::make_shared<KeptRoutings>();
+  for (size_t i = 0; i < made.size(); ++i) layer.kept_routings->keep(index[i], made[i]);
+  return {made.begin(), made.end()};
+}
+
+Routings kept_routings(ExpertLayer& layer, const std::vector<Tensor>& index) {
+  Routings routings;
+  for (const Tensor& one : index) {
+    routings.push_back(layer.kept_routings ? layer.kept_routings->find(one) : nullptr);
+    if (!routings.back()) return sorted_routings(layer, index, Phase::backward);
   }
   return routings;
 }

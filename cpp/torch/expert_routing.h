@@ -42,15 +42,18 @@ class Routing {
 
 using Routings = std::vector<std::shared_ptr<const Routing>>;
 
-// The routings of a layer's forwards, for as long as their index tensors live and hold the values that they had: a
-// backward neither sorts again nor waits for the counts.
+// The routings of a layer's latest forwards, for as long as their index tensors live: a backward neither sorts again
+// nor waits for the counts.
 class KeptRoutings {
  public:
   std::shared_ptr<const Routing> find(const at::Tensor& index) const;  // null if it is not kept
+  // In place of what was kept for the same memory.
   void keep(const at::Tensor& index, std::shared_ptr<const Routing> routing);
 
  private:
   struct Entry {
+    bool is_of(const at::Tensor& index) const;
+
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     int64_t storage_offset;
     std::vector<int64_t> sizes;
@@ -60,8 +63,11 @@ class KeptRoutings {
   std::vector<Entry> entries_;
 };
 
-// The routing of each micro-batch's `index`, contiguous int64. On a GPU all of them cost at most one host wait, and
-// none if they are kept; while it waits the pages of a dense forward are on their way.
-Routings route(ExpertLayer& layer, const std::vector<at::Tensor>& index, Phase phase);
+// The routings of a forward's micro-batches, from `index`, contiguous int64 each: sorted anew, since what is written to
+// an index need not pass through torch. On a GPU that is one host wait for all of them, and the pages of a dense
+// forward are on their way meanwhile.
+Routings sorted_routings(ExpertLayer& layer, const std::vector<at::Tensor>& index, Phase phase);
+// Those of a backward: its forward's, kept under the very tensors. Others are sorted as above.
+Routings kept_routings(ExpertLayer& layer, const std::vector<at::Tensor>& index);
 
 }  // namespace usaf

@@ -2,9 +2,9 @@
 #pragma once
 #include <stdexcept>
 
-#include "../numerics/formats.h"
+#include "numerics/formats.h"
 
-namespace usaf::gpu {
+namespace usaf {
 
 // body.operator()<kFormat>().
 template <class Body>
@@ -24,4 +24,4 @@ void with_format(Format format, const Body& body) {
   throw std::invalid_argument("format: unknown");
 }
 
-}  // namespace usaf::gpu
+}  // namespace usaf
