@@ -6,7 +6,13 @@ import devices
 import pytest
 import torch
 
-NEED_A_GPU = {"test_cuda_graphs.py", "test_gpu_layer.py", "test_gpu_package.py", "test_ops_devices.py"}
+NEED_A_GPU = {
+    "test_cuda_graphs.py",
+    "test_gpu_layer.py",
+    "test_gpu_package.py",
+    "test_gpu_training.py",
+    "test_ops_devices.py",
+}
 
 
 def pytest_addoption(parser):

@@ -60,9 +60,11 @@ def test_the_expert_layer(package):
 
 
 def test_the_package(package):
-    """Memory, loader, commands and optimizer on the device."""
-    files = [TESTS / f"test_{name}.py" for name in ("gpu_package", "optimizer", "delta")]
-    check_passed(run(package, "-m", "pytest", "-k", "fake_gpu or test_gpu_package", *map(str, files)), 60)
+    """Memory, loader, commands, training steps and optimizer on the device."""
+    files = [TESTS / f"test_{name}.py" for name in ("gpu_package", "gpu_training", "optimizer", "delta")]
+    check_passed(
+        run(package, "-m", "pytest", "-k", "fake_gpu or test_gpu_package or test_gpu_training", *map(str, files)), 60
+    )
 
 
 # One run of each kind: what its tests on the CPU show holds on the device.

@@ -11,6 +11,7 @@ import logging
 import devices
 import pytest
 import torch
+from bnb_checkpoints import bnb_expert
 from expert_layers import DTYPES, EXPERTS, FORMATS, HIDDEN, INTERMEDIATE, relative_error, routing, selection, weights
 from usaf_ext import _C
 from usaf_ext.bank import RowBank
@@ -69,7 +70,7 @@ def run_layer(layer, hidden, index, router, grad):
     out.backward(grad.to(device))
     bank = layer.bank
     results = [out, hidden.grad, router.grad, bank.grad, layer.anchor.grad, bank.grad_norm()]
-    return [tensor.detach().cpu() for tensor in results] + [bank.expert_hit.clone(), layer.token_counts.clone()]
+    return [tensor.detach().cpu().clone() for tensor in results] + [bank.expert_hit.clone(), layer.token_counts.clone()]
 
 
 def assert_close(actual, expected, dtype):
@@ -173,6 +174,37 @@ def test_importance(metric):
         layer.end_importance()
     assert found[0].sum() > 0
     assert relative_error(found[1], found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("down_axis", ["hidden", "intermediate"])
+def test_frozen_rows_and_pages_as_bitsandbytes_has_them(down_axis):
+    """Whose W_down stands as it is: the rows of both banks are columns there."""
+    intermediate = 128
+    store = ExpertStore.create(["experts"], EXPERTS, HIDDEN, intermediate, down_axis=down_axis)
+    for expert in range(EXPERTS):
+        if down_axis == "intermediate":
+            store.write_encoded_expert(0, expert, *bnb_expert(HIDDEN, intermediate)[0])
+        else:
+            shapes = ((intermediate, HIDDEN), (intermediate, HIDDEN), (HIDDEN, intermediate))
+            store.write_expert(0, expert, *(torch.randn(shape) * 0.1 for shape in shapes))
+    store.seal()
+    expert, neuron = selection(EXPERTS, intermediate)
+    codes, absmax = devices.usaf_ext.ops.quantize_blocks(torch.randn(len(expert), 3, HIDDEN) * 0.1, "nf4")
+    found = []
+    for device in ("cpu", GPU):
+        layer = PagedLayer(ExpertMemory(store, "auto", torch.float32, device=device), 0)
+        for first, trainable, put in ((0, True, layer.set_bank), (1, False, layer.set_frozen_bank)):
+            half = slice(first, None, 2)
+            neurons = (expert[half].clone(), neuron[half].clone())
+            bank = RowBank.from_store(store, 0, neurons, mode="in_place", device=device, trainable=trainable)
+            bank.codes.copy_(codes[half].to(device))
+            bank.absmax.copy_(absmax[half].to(device))
+            put(bank)
+        results = run_layer(layer, *case())
+        importance = layer.begin_importance("gradient_weight")
+        run_layer(layer, *case(seed=1))
+        found.append([*results, importance.cpu()])
+    assert_close(found[1], found[0], torch.float32)
 
 
 def test_tensors_of_the_cpu_are_refused():
