@@ -62,7 +62,7 @@ def test_every_way_in_names_its_argument(tiny_checkpoint, where):
             tiny_checkpoint, quantization_config=UsafConfig(), device_map="cuda:0"
         ),
     }
-    kernels = "the CPU alone" if _C.GPU_BACKEND is None else f"the CPU and {_C.GPU_BACKEND}"
+    kernels = "the CPU" if _C.GPU_BACKEND is None else f"the CPU and {_C.GPU_BACKEND}"
     name = "device_map" if where == "device_map" else "device"
     message = f"^{name}: (this build of usaf_ext has no kernels for 'cuda|there is no 'cuda)"
     with pytest.raises(ValueError, match=message) as caught:

@@ -58,7 +58,7 @@ def resolve_device(device: torch.device | str | int, name: str = "device") -> to
     if wanted.type == "cpu":
         return CPU
     if not has_kernels(wanted.type):
-        kernels = "the CPU alone" if _C.GPU_BACKEND is None else f"the CPU and {_C.GPU_BACKEND}"
+        kernels = "the CPU" if _C.GPU_BACKEND is None else f"the CPU and {_C.GPU_BACKEND}"
         raise ValueError(f"{name}: this build of usaf_ext has no kernels for {str(wanted)!r}, only for {kernels}")
     if wanted.index is None and present:
         wanted = torch.device(wanted.type, torch.accelerator.current_device_index())
