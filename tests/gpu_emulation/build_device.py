@@ -42,10 +42,18 @@ def _link(link: pathlib.Path, target: pathlib.Path) -> None:
         link.symlink_to(target)
 
 
+# An editable install of the package comes before PYTHONPATH. Python imports this by its name when it starts.
+SITE_CUSTOMIZE = """import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildRedirectingFinder"]
+"""
+
+
 def link_package(folder: pathlib.Path) -> None:
-    """The Python sources in folder/usaf_ext, where another `_C` is to stand beside them."""
+    """The Python sources in folder/usaf_ext, where another `_C` is to stand beside them; found on PYTHONPATH."""
     package = folder / "usaf_ext"
     package.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
     sources = [path for path in (REPO / "python/usaf_ext").iterdir() if path.suffix != ".so" and path.name[:2] != "__"]
     sources.append(REPO / "python/usaf_ext/__init__.py")
     for stale in package.iterdir():
