@@ -77,11 +77,11 @@ __device__ __forceinline__ uint32_t code_of(float weight, float inverse) {
   }
 }
 
-template <Format kFormat, class T>
+template <bool kWide, Format kFormat, class T>
 __global__ void __launch_bounds__(kMaxThreads)
     encode_kernel(const T* __restrict__ weight, uint8_t* __restrict__ codes,
                   typename ScaleOf<kFormat>::type* __restrict__ absmax, const int64_t* __restrict__ row_index,
-                  int64_t num_rows, int64_t cols, int64_t weight_stride, bool aligned) {
+                  int64_t num_rows, int64_t cols, int64_t weight_stride) {
   using L = Layout<T>;
   using C = PackCodes<kFormat, T>;
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * L::kPack;
@@ -89,9 +89,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t start = col * C::kBits / 8;
   for (int64_t first = int64_t{blockIdx.y} * kRows; first < num_rows; first += int64_t{gridDim.y} * kRows) {
     Pack pack[kRows] = {};
+    if (col < cols) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (first + r < num_rows) pack[r] = load_weights(weight + (first + r) * weight_stride, col, cols, aligned);
+      for (int r = 0; r < kRows; ++r) {
+        pack[r] = load_weights<kWide>(weight + row_or_last(first + r, num_rows) * weight_stride, col, cols);
+      }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -147,11 +149,11 @@ __device__ __forceinline__ Pack decode_pack(const Pack& codes, float step, const
   }
 }
 
-template <Format kFormat, class T>
+template <bool kWide, Format kFormat, class T>
 __global__ void __launch_bounds__(kMaxThreads)
     decode_kernel(const uint8_t* __restrict__ codes, const typename ScaleOf<kFormat>::type* __restrict__ absmax,
                   T* __restrict__ out, const int64_t* __restrict__ row_index, const int64_t* __restrict__ out_index,
-                  int64_t num_rows, int64_t cols, int64_t out_stride, bool aligned) {
+                  int64_t num_rows, int64_t cols, int64_t out_stride) {
   using L = Layout<T>;
   using C = PackCodes<kFormat, T>;
   __shared__ float table[16];
@@ -168,22 +170,27 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (col >= cols) return;
   const int64_t stride = code_bytes(kFormat, cols), blocks = num_blocks(kFormat, cols);
   for (int64_t first = int64_t{blockIdx.y} * kRows; first < num_rows; first += int64_t{gridDim.y} * kRows) {
-    Pack packed[kRows] = {};
-    float step[kRows] = {};
+    int64_t source[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) source[r] = row_or_last(first + r, num_rows);
+    if (row_index) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) source[r] = row_index[source[r]];
+    }
+    Pack packed[kRows];
+    typename ScaleOf<kFormat>::type scale[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (first + r >= num_rows) continue;
-      const int64_t source = row_index ? row_index[first + r] : first + r;
-      packed[r] = C::load(codes + source * stride + col * C::kBits / 8);
-      if constexpr (kFormat != Format::bf16) {
-        step[r] = BlockCodec<kFormat>::step(absmax[source * blocks + col / kBlockSize]);
-      }
+      packed[r] = C::load(codes + source[r] * stride + col * C::kBits / 8);
+      if constexpr (kFormat != Format::bf16) scale[r] = absmax[source[r] * blocks + col / kBlockSize];
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (first + r >= num_rows) continue;
+      float step = 1.0f;
+      if constexpr (kFormat != Format::bf16) step = BlockCodec<kFormat>::step(scale[r]);
       const int64_t target = out_index ? out_index[first + r] : first + r;
-      store_weights(out + target * out_stride, col, cols, aligned, decode_pack<kFormat, T>(packed[r], step[r], table));
+      store_weights<kWide>(out + target * out_stride, col, cols, decode_pack<kFormat, T>(packed[r], step, table));
     }
   }
 }
@@ -193,19 +200,23 @@ void launch_encode(const EncodeRowsArgs& a, void* stream) {
   // Every byte of the codes is written, so the padding counts as weights.
   const int64_t padded = code_bytes(kFormat, a.cols) * 8 / code_bits(kFormat);
   const LaunchShape shape = launch_shape(kRows, a.num_rows, (padded + Layout<T>::kPack - 1) / Layout<T>::kPack);
-  const bool wide = aligned(a.weight, a.weight_stride * int64_t{sizeof(T)});
-  launch("encode_rows", encode_kernel<kFormat, T>, shape.grid, shape.block, stream, static_cast<const T*>(a.weight),
-         a.codes, static_cast<typename ScaleOf<kFormat>::type*>(a.absmax), a.row_index, a.num_rows, a.cols,
-         a.weight_stride, wide);
+  const bool wide = aligned(a.weight, a.weight_stride * int64_t{sizeof(T)}) && a.cols % Layout<T>::kPack == 0;
+  with_wide(wide, [&]<bool kWide>() {
+    launch("encode_rows", encode_kernel<kWide, kFormat, T>, shape.grid, shape.block, stream,
+           static_cast<const T*>(a.weight), a.codes, static_cast<typename ScaleOf<kFormat>::type*>(a.absmax),
+           a.row_index, a.num_rows, a.cols, a.weight_stride);
+  });
 }
 
 template <Format kFormat, class T>
 void launch_decode(const DecodeRowsArgs& a, void* stream) {
   const LaunchShape shape = launch_shape(kRows, a.num_rows, (a.cols + Layout<T>::kPack - 1) / Layout<T>::kPack);
-  const bool wide = aligned(a.out, a.out_stride * int64_t{sizeof(T)});
-  launch("decode_rows", decode_kernel<kFormat, T>, shape.grid, shape.block, stream, a.codes,
-         static_cast<const typename ScaleOf<kFormat>::type*>(a.absmax), static_cast<T*>(a.out), a.row_index,
-         a.out_index, a.num_rows, a.cols, a.out_stride, wide);
+  const bool wide = aligned(a.out, a.out_stride * int64_t{sizeof(T)}) && a.cols % Layout<T>::kPack == 0;
+  with_wide(wide, [&]<bool kWide>() {
+    launch("decode_rows", decode_kernel<kWide, kFormat, T>, shape.grid, shape.block, stream, a.codes,
+           static_cast<const typename ScaleOf<kFormat>::type*>(a.absmax), static_cast<T*>(a.out), a.row_index,
+           a.out_index, a.num_rows, a.cols, a.out_stride);
+  });
 }
 
 }  // namespace

@@ -27,59 +27,64 @@ __device__ __forceinline__ int64_t token_of(int32_t pair, int64_t top_k) {
   return static_cast<uint32_t>(pair) / static_cast<uint32_t>(top_k);
 }
 
-template <class T>
+template <bool kWide, class T>
 __global__ void __launch_bounds__(kMaxThreads)
     gather_kernel(const T* __restrict__ x, const int32_t* __restrict__ source, T* __restrict__ out, int64_t num_rows,
-                  int64_t hidden_size, int64_t top_k, bool aligned) {
+                  int64_t hidden_size, int64_t top_k) {
   const int64_t col = column(Layout<T>::kPack);
   if (col >= hidden_size) return;
   for (int64_t first = int64_t{blockIdx.y} * kRows; first < num_rows; first += int64_t{gridDim.y} * kRows) {
-    Pack pack[kRows] = {};
+    int32_t pair[kRows];
+    Pack pack[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) pair[r] = source[row_or_last(first + r, num_rows)];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int32_t pair = first + r < num_rows ? source[first + r] : -1;
-      if (pair >= 0) pack[r] = load_weights(x + token_of(pair, top_k) * hidden_size, col, hidden_size, aligned);
+      const T* from = x + token_of(pair[r] > 0 ? pair[r] : 0, top_k) * hidden_size;
+      if (pair[r] < 0) from = out + first * hidden_size;  // a row that is there, and unused
+      pack[r] = load_weights<kWide>(from, col, hidden_size);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (first + r < num_rows) store_weights(out + (first + r) * hidden_size, col, hidden_size, aligned, pack[r]);
+      if (first + r >= num_rows) continue;
+      store_weights<kWide>(out + (first + r) * hidden_size, col, hidden_size, pair[r] >= 0 ? pack[r] : Pack{});
     }
   }
 }
 
-template <class T>
+template <bool kWide, class T>
 __global__ void __launch_bounds__(kMaxThreads)
     permute_kernel(const T* __restrict__ x, const int32_t* __restrict__ inverse, T* __restrict__ out,
-                   int64_t num_tokens, int64_t hidden_size, int64_t top_k, bool aligned) {
+                   int64_t num_tokens, int64_t hidden_size, int64_t top_k) {
   const int64_t col = column(Layout<T>::kPack);
   if (col >= hidden_size) return;
   for (int64_t first = int64_t{blockIdx.y} * kRows; first < num_tokens; first += int64_t{gridDim.y} * kRows) {
-    Pack pack[kRows] = {};
+    Pack pack[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (first + r < num_tokens) pack[r] = load_weights(x + (first + r) * hidden_size, col, hidden_size, aligned);
+      pack[r] = load_weights<kWide>(x + row_or_last(first + r, num_tokens) * hidden_size, col, hidden_size);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (first + r >= num_tokens) continue;
       for (int64_t k = 0; k < top_k; ++k) {
         const int64_t row = inverse[(first + r) * top_k + k];
-        if (row >= 0) store_weights(out + row * hidden_size, col, hidden_size, aligned, pack[r]);
+        if (row >= 0) store_weights<kWide>(out + row * hidden_size, col, hidden_size, pack[r]);
       }
     }
   }
 }
 
 // Rows without a pair become zeros.
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads) zero_rows_kernel(const int32_t* __restrict__ source, T* __restrict__ out,
-                                                                int64_t num_rows, int64_t cols, bool aligned) {
+template <bool kWide, class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    zero_rows_kernel(const int32_t* __restrict__ source, T* __restrict__ out, int64_t num_rows, int64_t cols) {
   const int64_t first = int64_t{blockIdx.x} * kRowsToZero;
   const int64_t last = first + kRowsToZero < num_rows ? first + kRowsToZero : num_rows;
   for (int64_t row = first; row < last; ++row) {
     if (source[row] >= 0) continue;
     for (int64_t col = threadIdx.x * Layout<T>::kPack; col < cols; col += blockDim.x * Layout<T>::kPack) {
-      store_weights(out + row * cols, col, cols, aligned, Pack{});
+      store_weights<kWide>(out + row * cols, col, cols, Pack{});
     }
   }
 }
@@ -124,22 +129,26 @@ __device__ __forceinline__ Pack packed(const float (&value)[Layout<T>::kPack]) {
   return pack;
 }
 
-template <class T>
+template <bool kWide, class T>
 __global__ void __launch_bounds__(kMaxThreads)
     combine_kernel(const T* __restrict__ permuted, const int32_t* __restrict__ inverse, Weights weights,
-                   T* __restrict__ out, int64_t num_tokens, int64_t hidden_size, int64_t top_k, bool aligned) {
+                   T* __restrict__ out, int64_t num_tokens, int64_t hidden_size, int64_t top_k) {
   constexpr int kPack = Layout<T>::kPack;
   const int64_t col = column(kPack);
   if (col >= hidden_size) return;
   for (int64_t token = blockIdx.y; token < num_tokens; token += gridDim.y) {
     float sum[kPack] = {};
     for (int64_t slot = 0; slot < top_k; slot += kRows) {
-      Pack pack[kRows] = {};
       int32_t row[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        row[r] = slot + r < top_k ? inverse[token * top_k + slot + r] : -1;
-        if (row[r] >= 0) pack[r] = load_weights(permuted + row[r] * hidden_size, col, hidden_size, aligned);
+        const int32_t there = inverse[token * top_k + row_or_last(slot + r, top_k)];
+        row[r] = slot + r < top_k ? there : -1;
+      }
+      Pack pack[kRows] = {};
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (row[r] >= 0) pack[r] = load_weights<kWide>(permuted + row[r] * hidden_size, col, hidden_size);
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -149,17 +158,16 @@ __global__ void __launch_bounds__(kMaxThreads)
         for (int i = 0; i < kPack; ++i) sum[i] += weight * weight_of<T>(pack[r], i);
       }
     }
-    store_weights(out + token * hidden_size, col, hidden_size, aligned, packed<T>(sum));
+    store_weights<kWide>(out + token * hidden_size, col, hidden_size, packed<T>(sum));
   }
 }
 
 // A workgroup takes a token, and four of its slots at a time.
-template <class T>
+template <bool kWide, class T>
 __global__ void __launch_bounds__(kMaxThreads)
     combine_backward_kernel(const T* __restrict__ grad_out, const T* __restrict__ permuted,
                             const int32_t* __restrict__ inverse, Weights weights, T* __restrict__ grad_permuted,
-                            Weights grad_weights, int64_t num_tokens, int64_t hidden_size, int64_t top_k,
-                            bool aligned) {
+                            Weights grad_weights, int64_t num_tokens, int64_t hidden_size, int64_t top_k) {
   constexpr int kPack = Layout<T>::kPack;
   __shared__ float part[kMaxThreads / kGroup][kRows];
   const int groups = static_cast<int>(blockDim.x) / kGroup, group = static_cast<int>(threadIdx.x) / kGroup;
@@ -169,16 +177,17 @@ __global__ void __launch_bounds__(kMaxThreads)
       float weight[kRows], dot[kRows] = {};
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t pair = token * top_k + (slot + r < top_k ? slot + r : top_k - 1);
-        row[r] = slot + r < top_k ? inverse[pair] : -1;
+        const int64_t pair = token * top_k + row_or_last(slot + r, top_k);
+        const int32_t there = inverse[pair];
+        row[r] = slot + r < top_k ? there : -1;
         weight[r] = weights.load(pair);
       }
       for (int64_t col = threadIdx.x * kPack; col < hidden_size; col += blockDim.x * kPack) {
-        const Pack grad = load_weights(grad_out + token * hidden_size, col, hidden_size, aligned);
+        const Pack grad = load_weights<kWide>(grad_out + token * hidden_size, col, hidden_size);
         Pack pack[kRows] = {};
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          if (row[r] >= 0) pack[r] = load_weights(permuted + row[r] * hidden_size, col, hidden_size, aligned);
+          if (row[r] >= 0) pack[r] = load_weights<kWide>(permuted + row[r] * hidden_size, col, hidden_size);
         }
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
@@ -189,7 +198,7 @@ __global__ void __launch_bounds__(kMaxThreads)
             dot[r] += weight_of<T>(grad, i) * weight_of<T>(pack[r], i);
             scaled[i] = weight[r] * weight_of<T>(grad, i);
           }
-          store_weights(grad_permuted + row[r] * hidden_size, col, hidden_size, aligned, packed<T>(scaled));
+          store_weights<kWide>(grad_permuted + row[r] * hidden_size, col, hidden_size, packed<T>(scaled));
         }
       }
 #pragma unroll
@@ -221,11 +230,11 @@ __device__ __forceinline__ int64_t next_row(const int32_t* __restrict__ slots, i
 }
 
 // A token's first row of the call adds all of its rows, ascending, so that each sum has one owner.
-template <class T>
+template <bool kWide, class T>
 __global__ void __launch_bounds__(kMaxThreads)
     scatter_add_kernel(const T* __restrict__ rows, const int32_t* __restrict__ source,
                        const int32_t* __restrict__ inverse, Weights weights, float* __restrict__ out, int64_t num_rows,
-                       int64_t first_row, int64_t hidden_size, int64_t top_k, bool aligned, bool out_aligned) {
+                       int64_t first_row, int64_t hidden_size, int64_t top_k) {
   constexpr int kPack = Layout<T>::kPack;
   const int64_t col = column(kPack);
   if (col >= hidden_size) return;
@@ -237,11 +246,11 @@ __global__ void __launch_bounds__(kMaxThreads)
     Pack sum[kPack / 4];
 #pragma unroll
     for (int part = 0; part < kPack / 4; ++part) {
-      sum[part] = load_weights(to, col + 4 * part, hidden_size, out_aligned);
+      sum[part] = load_weights<kWide>(to, col + 4 * part, hidden_size);
     }
     for (int64_t row = first; row < num_rows;
          row = inverse ? next_row(slots, top_k, first_row, num_rows, row) : num_rows) {
-      const Pack pack = load_weights(rows + row * hidden_size, col, hidden_size, aligned);
+      const Pack pack = load_weights<kWide>(rows + row * hidden_size, col, hidden_size);
       const float weight = weights.load(source[row]);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
@@ -251,7 +260,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
 #pragma unroll
     for (int part = 0; part < kPack / 4; ++part) {
-      store_weights(to, col + 4 * part, hidden_size, out_aligned, sum[part]);
+      store_weights<kWide>(to, col + 4 * part, hidden_size, sum[part]);
     }
   }
 }
@@ -266,9 +275,11 @@ void launch_zero_rows(const char* name, const int32_t* source, void* out, int64_
                       void* stream) {
   if (num_rows == 0) return;
   const int64_t row_bytes = cols * int64_t{sizeof(T)};
-  launch(name, zero_rows_kernel<T>, dim3(workgroups_of(num_rows, kRowsToZero)),
-         dim3(static_cast<unsigned>(threads_along(packs_of(row_bytes)))), stream, source, static_cast<T*>(out),
-         num_rows, cols, aligned(out, row_bytes));
+  with_wide(aligned(out, row_bytes), [&]<bool kWide>() {
+    launch(name, zero_rows_kernel<kWide, T>, dim3(workgroups_of(num_rows, kRowsToZero)),
+           dim3(static_cast<unsigned>(threads_along(packs_of(row_bytes)))), stream, source, static_cast<T*>(out),
+           num_rows, cols);
+  });
 }
 
 Weights weights_of(const void* data, DType dtype) { return {const_cast<void*>(data), dtype}; }
@@ -280,9 +291,10 @@ void gather_rows(const GatherRowsArgs& a, void* stream) {
   with_type(a.dtype, [&]<class T>(T) {
     const int64_t row_bytes = a.hidden_size * int64_t{sizeof(T)};
     const LaunchShape shape = launch_shape(kRows, a.num_rows, packs_of(row_bytes));
-    launch("gather_rows", gather_kernel<T>, shape.grid, shape.block, stream, static_cast<const T*>(a.x), a.source,
-           static_cast<T*>(a.out), a.num_rows, a.hidden_size, a.top_k,
-           aligned(a.x, row_bytes) && aligned(a.out, row_bytes));
+    with_wide(aligned(a.x, row_bytes) && aligned(a.out, row_bytes), [&]<bool kWide>() {
+      launch("gather_rows", gather_kernel<kWide, T>, shape.grid, shape.block, stream, static_cast<const T*>(a.x),
+             a.source, static_cast<T*>(a.out), a.num_rows, a.hidden_size, a.top_k);
+    });
   });
 }
 
@@ -293,9 +305,10 @@ void permute_rows(const PermuteRowsArgs& a, void* stream) {
     launch_zero_rows<T>("permute_rows", a.source, a.out, a.num_rows, a.hidden_size, stream);
     if (a.num_tokens == 0) return;
     const LaunchShape shape = launch_shape(kRows, a.num_tokens, packs_of(row_bytes));
-    launch("permute_rows", permute_kernel<T>, shape.grid, shape.block, stream, static_cast<const T*>(a.x), a.inverse,
-           static_cast<T*>(a.out), a.num_tokens, a.hidden_size, a.top_k,
-           aligned(a.x, row_bytes) && aligned(a.out, row_bytes));
+    with_wide(aligned(a.x, row_bytes) && aligned(a.out, row_bytes), [&]<bool kWide>() {
+      launch("permute_rows", permute_kernel<kWide, T>, shape.grid, shape.block, stream, static_cast<const T*>(a.x),
+             a.inverse, static_cast<T*>(a.out), a.num_tokens, a.hidden_size, a.top_k);
+    });
   });
 }
 
@@ -304,9 +317,11 @@ void combine_rows(const CombineRowsArgs& a, void* stream) {
   with_type(a.dtype, [&]<class T>(T) {
     const int64_t row_bytes = a.hidden_size * int64_t{sizeof(T)};
     const LaunchShape shape = launch_shape(1, a.num_tokens, packs_of(row_bytes));
-    launch("combine_rows", combine_kernel<T>, shape.grid, shape.block, stream, static_cast<const T*>(a.permuted),
-           a.inverse, weights_of(a.weights, a.weights_dtype), static_cast<T*>(a.out), a.num_tokens, a.hidden_size,
-           a.top_k, aligned(a.permuted, row_bytes) && aligned(a.out, row_bytes));
+    with_wide(aligned(a.permuted, row_bytes) && aligned(a.out, row_bytes), [&]<bool kWide>() {
+      launch("combine_rows", combine_kernel<kWide, T>, shape.grid, shape.block, stream,
+             static_cast<const T*>(a.permuted), a.inverse, weights_of(a.weights, a.weights_dtype),
+             static_cast<T*>(a.out), a.num_tokens, a.hidden_size, a.top_k);
+    });
   });
 }
 
@@ -325,12 +340,15 @@ void combine_rows_backward(const CombineRowsBackwardArgs& a, void* stream) {
     const int64_t row_bytes = a.hidden_size * int64_t{sizeof(T)};
     launch_zero_rows<T>(name, a.source, a.grad_permuted, a.num_rows, a.hidden_size, stream);
     if (num_pairs == 0) return;
-    launch(name, combine_backward_kernel<T>, dim3(static_cast<unsigned>(std::min(a.num_tokens, kMaxGridX))),
-           dim3(static_cast<unsigned>(threads_along(packs_of(row_bytes)))), stream, static_cast<const T*>(a.grad_out),
-           static_cast<const T*>(a.permuted), a.inverse, weights_of(a.weights, a.weights_dtype),
-           static_cast<T*>(a.grad_permuted), weights_of(a.grad_weights, a.weights_dtype), a.num_tokens, a.hidden_size,
-           a.top_k,
-           aligned(a.grad_out, row_bytes) && aligned(a.permuted, row_bytes) && aligned(a.grad_permuted, row_bytes));
+    const bool wide =
+        aligned(a.grad_out, row_bytes) && aligned(a.permuted, row_bytes) && aligned(a.grad_permuted, row_bytes);
+    with_wide(wide, [&]<bool kWide>() {
+      launch(name, combine_backward_kernel<kWide, T>, dim3(static_cast<unsigned>(std::min(a.num_tokens, kMaxGridX))),
+             dim3(static_cast<unsigned>(threads_along(packs_of(row_bytes)))), stream, static_cast<const T*>(a.grad_out),
+             static_cast<const T*>(a.permuted), a.inverse, weights_of(a.weights, a.weights_dtype),
+             static_cast<T*>(a.grad_permuted), weights_of(a.grad_weights, a.weights_dtype), a.num_tokens, a.hidden_size,
+             a.top_k);
+    });
   });
 }
 
@@ -339,9 +357,11 @@ void scatter_add_rows(const ScatterAddRowsArgs& a, void* stream) {
   with_type(a.dtype, [&]<class T>(T) {
     const int64_t row_bytes = a.hidden_size * int64_t{sizeof(T)};
     const LaunchShape shape = launch_shape(1, a.num_rows, packs_of(row_bytes));
-    launch("scatter_add_rows", scatter_add_kernel<T>, shape.grid, shape.block, stream, static_cast<const T*>(a.rows),
-           a.source, a.inverse, weights_of(a.weights, a.weights_dtype), a.out, a.num_rows, a.first_row, a.hidden_size,
-           a.top_k, aligned(a.rows, row_bytes), aligned(a.out, a.hidden_size * 4));
+    with_wide(aligned(a.rows, row_bytes) && aligned(a.out, a.hidden_size * 4), [&]<bool kWide>() {
+      launch("scatter_add_rows", scatter_add_kernel<kWide, T>, shape.grid, shape.block, stream,
+             static_cast<const T*>(a.rows), a.source, a.inverse, weights_of(a.weights, a.weights_dtype), a.out,
+             a.num_rows, a.first_row, a.hidden_size, a.top_k);
+    });
   });
 }
 

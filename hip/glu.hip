@@ -36,12 +36,14 @@ struct Place {
         end_of_first(kInterleaved ? 2 * width : width),
         end_of_second(2 * width) {}
 
-  __device__ __forceinline__ GateUp load(const T* row, bool aligned) const {
-    return {load_weights(row, first, end_of_first, aligned), load_weights(row, second, end_of_second, aligned)};
+  template <bool kWide>
+  __device__ __forceinline__ GateUp load(const T* row) const {
+    return {load_weights<kWide>(row, first, end_of_first), load_weights<kWide>(row, second, end_of_second)};
   }
-  __device__ __forceinline__ void store(T* row, bool aligned, const Pack& one, const Pack& two) const {
-    store_weights(row, first, end_of_first, aligned, one);
-    store_weights(row, second, end_of_second, aligned, two);
+  template <bool kWide>
+  __device__ __forceinline__ void store(T* row, const Pack& one, const Pack& two) const {
+    store_weights<kWide>(row, first, end_of_first, one);
+    store_weights<kWide>(row, second, end_of_second, two);
   }
 
   __device__ __forceinline__ static float gate(const GateUp& packs, int i) {
@@ -79,19 +81,18 @@ __device__ __forceinline__ Pack packed(const float (&value)[Layout<T>::kPack]) {
   return pack;
 }
 
-template <class Act, class T, bool kInterleaved>
-__global__ void __launch_bounds__(kMaxThreads)
-    glu_kernel(const T* __restrict__ gate_up, const float* __restrict__ bias, T* __restrict__ h, int64_t num_rows,
-               int64_t width, bool aligned) {
+template <bool kWide, class Act, class T, bool kInterleaved>
+__global__ void __launch_bounds__(kMaxThreads) glu_kernel(const T* __restrict__ gate_up, const float* __restrict__ bias,
+                                                          T* __restrict__ h, int64_t num_rows, int64_t width) {
   constexpr int kPack = Layout<T>::kPack;
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack;
   if (col >= width) return;
   const Place<T, kInterleaved> place(col, width);
   for (int64_t first = int64_t{blockIdx.y} * kRows; first < num_rows; first += int64_t{gridDim.y} * kRows) {
-    GateUp packs[kRows] = {};
+    GateUp packs[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (first + r < num_rows) packs[r] = place.load(gate_up + (first + r) * 2 * width, aligned);
+      packs[r] = place.template load<kWide>(gate_up + row_or_last(first + r, num_rows) * 2 * width);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -99,20 +100,20 @@ __global__ void __launch_bounds__(kMaxThreads)
       float value[kPack];
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        value[i] = gated<Act, T, kInterleaved>(place, packs[r], bias, i, col + i < width).h;
+        value[i] = gated<Act, T, kInterleaved>(place, packs[r], bias, i, kWide || col + i < width).h;
       }
-      store_weights(h + (first + r) * width, col, width, aligned, packed<T>(value));
+      store_weights<kWide>(h + (first + r) * width, col, width, packed<T>(value));
     }
   }
 }
 
 // A workgroup takes a row. Outputs may be the inputs, so nothing here is __restrict__ but what is only read elsewhere:
 // a lane reads its packs before it writes them.
-template <class Act, class T, bool kInterleaved>
+template <bool kWide, class Act, class T, bool kInterleaved>
 __global__ void __launch_bounds__(kMaxThreads)
     glu_backward_kernel(const T* grad_h, const T* gate_up, const float* __restrict__ bias,
                         const float* __restrict__ row_weights, T* grad_gate_up, T* weighted_h,
-                        float* __restrict__ grad_row_weight, int64_t num_rows, int64_t width, bool aligned) {
+                        float* __restrict__ grad_row_weight, int64_t num_rows, int64_t width) {
   constexpr int kPack = Layout<T>::kPack;
   __shared__ float part[kMaxThreads / kGroup];
   for (int64_t row = blockIdx.x; row < num_rows; row += gridDim.x) {
@@ -120,12 +121,12 @@ __global__ void __launch_bounds__(kMaxThreads)
     float dot = 0.0f;
     for (int64_t col = threadIdx.x * kPack; col < width; col += blockDim.x * kPack) {
       const Place<T, kInterleaved> place(col, width);
-      const GateUp packs = place.load(gate_up + row * 2 * width, aligned);
-      const Pack grad = load_weights(grad_h + row * width, col, width, aligned);
+      const GateUp packs = place.template load<kWide>(gate_up + row * 2 * width);
+      const Pack grad = load_weights<kWide>(grad_h + row * width, col, width);
       float one[kPack], two[kPack], weighted[kPack];
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        const bool inside = col + i < width;
+        const bool inside = kWide || col + i < width;
         const GatedValue value = gated<Act, T, kInterleaved>(place, packs, bias, i, inside);
         const float grad_i = weight_of<T>(grad, i);
         dot += inside ? value.h * grad_i : 0.0f;
@@ -137,8 +138,8 @@ __global__ void __launch_bounds__(kMaxThreads)
         to_up = scaled * value.d_up;
         weighted[i] = row_weight * value.h;
       }
-      place.store(grad_gate_up + row * 2 * width, aligned, packed<T>(one), packed<T>(two));
-      if (weighted_h) store_weights(weighted_h + row * width, col, width, aligned, packed<T>(weighted));
+      place.template store<kWide>(grad_gate_up + row * 2 * width, packed<T>(one), packed<T>(two));
+      if (weighted_h) store_weights<kWide>(weighted_h + row * width, col, width, packed<T>(weighted));
     }
     if (grad_row_weight == nullptr) continue;  // for the whole grid alike
 #pragma unroll
@@ -179,9 +180,10 @@ void glu(const GluArgs& a, void* stream) {
   with_types(a.activation, a.dtype, a.interleaved, [&]<class Act, class T, bool kInterleaved>() {
     const int64_t row_bytes = a.intermediate_size * int64_t{sizeof(T)};
     const LaunchShape shape = launch_shape(kRows, a.num_rows, (row_bytes + 15) / 16);
-    launch("glu", glu_kernel<Act, T, kInterleaved>, shape.grid, shape.block, stream, static_cast<const T*>(a.gate_up),
-           a.bias, static_cast<T*>(a.h), a.num_rows, a.intermediate_size,
-           aligned(a.gate_up, row_bytes) && aligned(a.h, row_bytes));
+    with_wide(aligned(a.gate_up, row_bytes) && aligned(a.h, row_bytes), [&]<bool kWide>() {
+      launch("glu", glu_kernel<kWide, Act, T, kInterleaved>, shape.grid, shape.block, stream,
+             static_cast<const T*>(a.gate_up), a.bias, static_cast<T*>(a.h), a.num_rows, a.intermediate_size);
+    });
   });
 }
 
@@ -189,13 +191,15 @@ void glu_backward(const GluBackwardArgs& a, void* stream) {
   if (a.num_rows == 0) return;
   with_types(a.activation, a.dtype, a.interleaved, [&]<class Act, class T, bool kInterleaved>() {
     const int64_t row_bytes = a.intermediate_size * int64_t{sizeof(T)};
-    launch("glu_backward", glu_backward_kernel<Act, T, kInterleaved>,
-           dim3(static_cast<unsigned>(std::min(a.num_rows, kMaxGridX))),
-           dim3(static_cast<unsigned>(threads_along((row_bytes + 15) / 16))), stream, static_cast<const T*>(a.grad_h),
-           static_cast<const T*>(a.gate_up), a.bias, a.row_weight, static_cast<T*>(a.grad_gate_up),
-           static_cast<T*>(a.weighted_h), a.grad_row_weight, a.num_rows, a.intermediate_size,
-           aligned(a.grad_h, row_bytes) && aligned(a.gate_up, row_bytes) && aligned(a.grad_gate_up, row_bytes) &&
-               (!a.weighted_h || aligned(a.weighted_h, row_bytes)));
+    const bool wide = aligned(a.grad_h, row_bytes) && aligned(a.gate_up, row_bytes) &&
+                      aligned(a.grad_gate_up, row_bytes) && (!a.weighted_h || aligned(a.weighted_h, row_bytes));
+    with_wide(wide, [&]<bool kWide>() {
+      launch("glu_backward", glu_backward_kernel<kWide, Act, T, kInterleaved>,
+             dim3(static_cast<unsigned>(std::min(a.num_rows, kMaxGridX))),
+             dim3(static_cast<unsigned>(threads_along((row_bytes + 15) / 16))), stream, static_cast<const T*>(a.grad_h),
+             static_cast<const T*>(a.gate_up), a.bias, a.row_weight, static_cast<T*>(a.grad_gate_up),
+             static_cast<T*>(a.weighted_h), a.grad_row_weight, a.num_rows, a.intermediate_size);
+    });
   });
 }
 

@@ -35,16 +35,25 @@ struct RowStep {
   int32_t step;  // counting this one; 0: the row is skipped
 };
 
-// fp32 or bf16 stay bits until they are used: a conversion inside the branch would wait for the load there.
-__device__ __forceinline__ Pack load_floats(const uint8_t* row, int64_t col, bool f32, int count, bool wide) {
-  return f32 ? load_four<4>(row + col * 4, count, wide) : load_four<2>(row + col * 2, count, wide);
-}
+// Four elements of one of two types, as loaded: uniform over the grid, known when it runs. Each type has registers of
+// its own, and the bits stay as they are until they are used: else a load waits for those before it.
+struct Either {
+  Pack large, small;  // fp32; bf16 or moments of 8 bits
 
-__device__ __forceinline__ void unpack(const Pack& four, bool f32, float (&value)[kQuad]) {
+  template <bool kWide, int kSmallBytes>
+  __device__ __forceinline__ static Either load(const uint8_t* row, int64_t col, bool is_large, int count) {
+    Either four = {};
+    if (is_large) four.large = load_four<kWide, 4>(row + col * 4, count);
+    if (!is_large) four.small = load_four<kWide, kSmallBytes>(row + col * kSmallBytes, count);
+    return four;
+  }
+};
+
+__device__ __forceinline__ void unpack(const Either& four, bool f32, float (&value)[kQuad]) {
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
-    const uint32_t pair = four.word[i / 2];
-    value[i] = bits_float(f32 ? four.word[i] : i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+    const uint32_t pair = four.small.word[i / 2];
+    value[i] = bits_float(f32 ? four.large.word[i] : i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
   }
 }
 
@@ -104,19 +113,18 @@ struct Row {
 
 // A moment's four values as loaded, with its block's absmax if they are codes.
 struct Moment {
-  Pack four;
+  Either four;
   float absmax;
 
-  template <bool kMoments8>
-  __device__ __forceinline__ static Moment load(const uint8_t* row, const float* absmax, int64_t col, int count,
-                                                bool wide) {
-    if (!kMoments8 || !absmax) return {load_four<4>(row + col * 4, count, wide), 0.0f};
-    return {load_four<1>(row + col, count, wide), count > 0 ? absmax[col / kMomentBlock] : 0.0f};
+  template <bool kWide, bool kMoments8>
+  __device__ __forceinline__ static Moment load(const uint8_t* row, const float* absmax, int64_t col, int count) {
+    if constexpr (!kMoments8) return {{load_four<kWide, 4>(row + col * 4, count), {}}, 0.0f};
+    return {Either::load<kWide, 1>(row, col, !absmax, count), absmax ? absmax[col / kMomentBlock] : 0.0f};
   }
   template <bool kMoments8>
   __device__ __forceinline__ void decode(bool is_codes, const Dynamic8& map, float (&value)[kQuad]) const {
     if (kMoments8 && is_codes) {
-      decode_moments_quad(map.value, four.word[0], absmax, value);
+      decode_moments_quad(map.value, four.small.word[0], absmax, value);
     } else {
       unpack(four, true, value);
     }
@@ -124,37 +132,39 @@ struct Moment {
 };
 
 // `largest`: of the 256 moments, where they become codes.
-template <bool kMoments8>
+template <bool kWide, bool kMoments8>
 __device__ __forceinline__ void store_moment(uint8_t* row, float* absmax, const Dynamic8& map,
-                                             const float (&value)[kQuad], uint32_t largest, int64_t col, int count,
-                                             bool wide) {
+                                             const float (&value)[kQuad], uint32_t largest, int64_t col, int count) {
   if (kMoments8 && absmax) {
     const float scale = bits_float(largest);
-    if (count > 0 && col % kMomentBlock == 0) absmax[col / kMomentBlock] = scale;
-    store_four<1>(row + col, {{encode_moments_quad(map, value, inverse_step(scale))}}, count, wide);
+    if (col % kMomentBlock == 0) absmax[col / kMomentBlock] = scale;
+    store_four<kWide, 1>(row + col, {{encode_moments_quad(map, value, inverse_step(scale))}}, count);
   } else {
-    store_four<4>(row + col * 4, pack(value, true), count, wide);
+    store_four<kWide, 4>(row + col * 4, pack(value, true), count);
   }
 }
 
 // Steps and encodes the four weights at `col`; the moments stay in `quad`. Not 0 if a bit of codes, absmax, master or
 // residual changed. Every lane of the workgroup takes part, also those past the row's end.
-template <Format kFormat, AdamMode kMode, bool kMoments8>
+template <bool kWide, Format kFormat, AdamMode kMode, bool kMoments8>
 __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, const Row<kFormat, kMode>& row,
                                                  const RowStep& row_step, const Nf4Tables& nf4, const Maps& maps,
-                                                 float grad_scale, int64_t col, int count, bool wide, AdamQuad& quad) {
+                                                 float grad_scale, int64_t col, int count, AdamQuad& quad) {
   constexpr bool kHasMaster = kMode == AdamMode::master, kHasResidual = kMode == AdamMode::residual;
   const bool grad_f32 = args.grad_dtype == DType::f32, master_f32 = args.master_dtype == DType::f32;
   const int64_t code_at = col * code_bits(kFormat) / 8;
-  [[maybe_unused]] Pack master = {}, residuals = {};
+  Either grad = {};
+  [[maybe_unused]] Either master = {};
+  [[maybe_unused]] Pack residuals = {};
+  Moment exp_avg = {}, exp_avg_sq = {};
   uint64_t old_codes = 0;
   [[maybe_unused]] typename ScaleOf<kFormat>::type old_scale = {};
-  const Pack grad = load_floats(row.grad, col, grad_f32, count, wide);
-  const Moment exp_avg = Moment::load<kMoments8>(row.exp_avg, row.exp_avg_absmax, col, count, wide);
-  const Moment exp_avg_sq = Moment::load<kMoments8>(row.exp_avg_sq, row.exp_avg_sq_absmax, col, count, wide);
-  if constexpr (kHasMaster) master = load_floats(row.master, col, master_f32, count, wide);
-  if constexpr (kHasResidual) residuals = load_four<1>(row.residual + col, count, wide);
   if (count > 0) {
+    grad = Either::load<kWide, 2>(row.grad, col, grad_f32, count);
+    exp_avg = Moment::load<kWide, kMoments8>(row.exp_avg, row.exp_avg_absmax, col, count);
+    exp_avg_sq = Moment::load<kWide, kMoments8>(row.exp_avg_sq, row.exp_avg_sq_absmax, col, count);
+    if constexpr (kHasMaster) master = Either::load<kWide, 2>(row.master, col, master_f32, count);
+    if constexpr (kHasResidual) residuals = load_four<kWide, 1>(row.residual + col, count);
     old_codes = load_codes<kFormat>(row.codes + code_at);
     if constexpr (kFormat != Format::bf16) old_scale = row.scales[col / kBlockSize];
   }
@@ -174,12 +184,15 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
   uint32_t difference = 0;
   if constexpr (kHasMaster) {
     const Pack rounded = pack(quad.weight, master_f32);
-    unpack(rounded, master_f32, quad.weight);  // the codes are a function of the master
-    for (int i = 0; i < 4; ++i) difference |= rounded.word[i] ^ master.word[i];
-    if (master_f32) {
-      store_four<4>(row.master + col * 4, rounded, count, wide);
-    } else {
-      store_four<2>(row.master + col * 2, rounded, count, wide);
+    unpack({rounded, rounded}, master_f32, quad.weight);  // the codes are a function of the master
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      const uint32_t large = master.large.word[i], small = master.small.word[i];
+      difference |= rounded.word[i] ^ (master_f32 ? large : small);
+    }
+    if (count > 0) {
+      master_f32 ? store_four<kWide, 4>(row.master + col * 4, rounded, count)
+                 : store_four<kWide, 2>(row.master + col * 2, rounded, count);
     }
   }
   if constexpr (kFormat != Format::bf16) {
@@ -206,15 +219,17 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
   }
   if constexpr (kHasResidual) {
     const uint32_t kept = encode_residual_quad<kFormat>(quad.weight, codes, step, nf4);
-    store_four<1>(row.residual + col, {{kept}}, count, wide);
-    difference |= count > 0 ? (kept ^ residuals.word[0]) << (32 - 8 * count) : 0u;
+    if (count > 0) {
+      store_four<kWide, 1>(row.residual + col, {{kept}}, count);
+      difference |= (kept ^ residuals.word[0]) << (32 - 8 * count);
+    }
   }
   if constexpr (kMode == AdamMode::eco) carry_error_quad<kFormat>(row_step.scalars, codes, step, nf4, count, quad);
   return difference;
 }
 
-template <Format kFormat, AdamMode kMode, bool kMoments8>
-__global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs args, int rows_per_group, bool wide) {
+template <bool kWide, Format kFormat, AdamMode kMode, bool kMoments8>
+__global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs args, int rows_per_group) {
   __shared__ RowStep row_steps[kMaxRows];
   __shared__ Nf4Tables nf4;
   __shared__ Maps maps;
@@ -253,8 +268,8 @@ __global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs
       const int64_t col = start + thread * kQuad;
       const int count = quad_count(col, args.cols);
       AdamQuad quad;
-      difference |= step_weights<kFormat, kMode, kMoments8>(args, row, row_steps[r], nf4, maps, grad_scale, col, count,
-                                                            wide, quad);
+      difference |= step_weights<kWide, kFormat, kMode, kMoments8>(args, row, row_steps[r], nf4, maps, grad_scale, col,
+                                                                   count, quad);
       uint32_t largest[2] = {};
       if constexpr (kMoments8) {
         auto& halves = maps.largest[turn];
@@ -265,10 +280,11 @@ __global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs
         __syncthreads();
         for (int i = 0; i < 2; ++i) largest[i] = max(halves[i][half], halves[i][half ^ 1]);
       }
-      store_moment<kMoments8>(row.exp_avg, row.exp_avg_absmax, maps.exp_avg, quad.exp_avg, largest[0], col, count,
-                              wide);
-      store_moment<kMoments8>(row.exp_avg_sq, row.exp_avg_sq_absmax, maps.exp_avg_sq, quad.exp_avg_sq, largest[1], col,
-                              count, wide);
+      if (count == 0) continue;
+      store_moment<kWide, kMoments8>(row.exp_avg, row.exp_avg_absmax, maps.exp_avg, quad.exp_avg, largest[0], col,
+                                     count);
+      store_moment<kWide, kMoments8>(row.exp_avg_sq, row.exp_avg_sq_absmax, maps.exp_avg_sq, quad.exp_avg_sq,
+                                     largest[1], col, count);
     }
   }
   if (args.changed && difference != 0) *args.changed = 1;
@@ -283,8 +299,10 @@ void masked_adam(const MaskedAdamArgs& args, void* stream) {
   const int64_t resident = int64_t{multiprocessors()} * kLanesPerUnit / threads;
   const AdamGrid grid = adam_grid(args.num_rows, resident, kMaxRows, kMaxGridX);
   with_adam_kernel(args, [&]<Format kFormat, AdamMode kMode, bool kMoments8>() {
-    launch("masked_adam", masked_adam_kernel<kFormat, kMode, kMoments8>, dim3(grid.groups),
-           dim3(static_cast<unsigned>(threads)), stream, args, grid.rows_per_group, rows_are_aligned(args));
+    with_wide(rows_are_aligned(args), [&]<bool kWide>() {
+      launch("masked_adam", masked_adam_kernel<kWide, kFormat, kMode, kMoments8>, dim3(grid.groups),
+             dim3(static_cast<unsigned>(threads)), stream, args, grid.rows_per_group);
+    });
   });
 }
 

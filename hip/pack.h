@@ -66,13 +66,14 @@ __device__ __forceinline__ uint32_t packed_word(const float (&weight)[Layout<T>:
   }
 }
 
-// The pack at `col`, zeros past the row's end. A pack that does not end in the row, or starts at an odd address, is put
-// together weight by weight. USAF_OPAQUE: clang 18 and newer would keep row + i of every i and every row in scalar
+// The pack at `col` < cols, zeros past the row's end. kWide: every row is whole packs at multiples of 16 bytes; else a
+// pack is put together weight by weight. Constant in a kernel: where both ways lead to the same registers, a wide load
+// waits for every load before it. USAF_OPAQUE: clang 18 and newer would keep row + i of every i and every row in scalar
 // registers, until those spill.
-template <class T>
-__device__ __forceinline__ Pack load_weights(const T* __restrict__ row, int64_t col, int64_t cols, bool aligned) {
+template <bool kWide, class T>
+__device__ __forceinline__ Pack load_weights(const T* __restrict__ row, int64_t col, int64_t cols) {
   constexpr int kPack = Layout<T>::kPack;
-  if (aligned && col + kPack <= cols) return load_wide(row + col);
+  if constexpr (kWide) return load_wide(row + col);
   Pack pack = {};
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
@@ -88,14 +89,10 @@ __device__ __forceinline__ Pack load_weights(const T* __restrict__ row, int64_t 
   return pack;
 }
 
-template <class T>
-__device__ __forceinline__ void store_weights(T* __restrict__ row, int64_t col, int64_t cols, bool aligned,
-                                              const Pack& pack) {
+template <bool kWide, class T>
+__device__ __forceinline__ void store_weights(T* __restrict__ row, int64_t col, int64_t cols, const Pack& pack) {
   constexpr int kPack = Layout<T>::kPack;
-  if (aligned && col + kPack <= cols) {
-    store_wide(row + col, pack);
-    return;
-  }
+  if constexpr (kWide) return store_wide(row + col, pack);
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
     int64_t at = col + i;
@@ -107,6 +104,12 @@ __device__ __forceinline__ void store_weights(T* __restrict__ row, int64_t col, 
       row[at] = T{static_cast<uint16_t>(pack.word[i / 2] >> (i % 2 * 16))};
     }
   }
+}
+
+// `row`, or the last one where it is past the end: what a workgroup loads of all its rows without a branch, so that no
+// load waits for the one before it. Nothing of such a row is stored.
+__device__ __forceinline__ int64_t row_or_last(int64_t row, int64_t num_rows) {
+  return row < num_rows ? row : num_rows - 1;
 }
 
 struct LaunchShape {
@@ -128,8 +131,15 @@ inline LaunchShape launch_shape(int rows, int64_t num_rows, int64_t packs) {
           dim3(static_cast<unsigned>(threads))};
 }
 
+// Whether rows of so many bytes are whole packs at multiples of 16.
 inline bool aligned(const void* pointer, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
+}
+
+// body.operator()<kWide>().
+template <class Body>
+void with_wide(bool wide, const Body& body) {
+  wide ? body.template operator()<true>() : body.template operator()<false>();
 }
 
 // bf16 has no scales; its kernels take a pointer that they do not use.

@@ -20,22 +20,17 @@ __device__ __forceinline__ int quad_count(int64_t col, int64_t cols) {
   return static_cast<int>(col >= cols ? 0 : cols - col < kQuad ? cols - col : kQuad);
 }
 
-// Pack elements of kBytes each in as few words as hold them, zeros past `count`. `wide`: every row starts where
-// accesses of four elements may.
-template <int kBytes>
-__device__ __forceinline__ Pack load_four(const uint8_t* __restrict__ source, int count, bool wide) {
-  Pack four = {};
-  if (wide && count == kQuad) {
-    if constexpr (kBytes == 4) {
-      return load_wide(source);
-    } else if constexpr (kBytes == 2) {
-      const uint2 half = *reinterpret_cast<const uint2*>(source);
-      four = {{half.x, half.y}};
-    } else {
-      four.word[0] = *reinterpret_cast<const uint32_t*>(source);
-    }
-    return four;
+// Pack the `count` > 0 elements of kBytes each in as few words as hold them, zeros past them. kWide, as in
+// load_weights: there are four, where an access of four may be.
+template <bool kWide, int kBytes>
+__device__ __forceinline__ Pack load_four(const uint8_t* __restrict__ source, int count) {
+  if constexpr (kWide && kBytes == 4) return load_wide(source);
+  if constexpr (kWide && kBytes == 2) {
+    const uint2 half = *reinterpret_cast<const uint2*>(source);
+    return {{half.x, half.y}};
   }
+  if constexpr (kWide && kBytes == 1) return {{*reinterpret_cast<const uint32_t*>(source)}};
+  Pack four = {};
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
     if (i >= count) continue;
@@ -48,26 +43,23 @@ __device__ __forceinline__ Pack load_four(const uint8_t* __restrict__ source, in
   return four;
 }
 
-template <int kBytes>
-__device__ __forceinline__ void store_four(uint8_t* __restrict__ target, const Pack& four, int count, bool wide) {
-  if (wide && count == kQuad) {
-    if constexpr (kBytes == 4) {
-      store_wide(target, four);
-    } else if constexpr (kBytes == 2) {
-      *reinterpret_cast<uint2*>(target) = make_uint2(four.word[0], four.word[1]);
-    } else {
-      *reinterpret_cast<uint32_t*>(target) = four.word[0];
-    }
-    return;
-  }
+template <bool kWide, int kBytes>
+__device__ __forceinline__ void store_four(uint8_t* __restrict__ target, const Pack& four, int count) {
+  if constexpr (kWide && kBytes == 4) return store_wide(target, four);
+  if constexpr (kWide && kBytes == 2) {
+    *reinterpret_cast<uint2*>(target) = make_uint2(four.word[0], four.word[1]);
+  } else if constexpr (kWide) {
+    *reinterpret_cast<uint32_t*>(target) = four.word[0];
+  } else {
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    if (i >= count) continue;
-    if constexpr (kBytes == 4) reinterpret_cast<uint32_t*>(target)[i] = four.word[i];
-    if constexpr (kBytes == 2) {
-      reinterpret_cast<uint16_t*>(target)[i] = static_cast<uint16_t>(four.word[i / 2] >> i % 2 * 16);
+    for (int i = 0; i < kQuad; ++i) {
+      if (i >= count) continue;
+      if constexpr (kBytes == 4) reinterpret_cast<uint32_t*>(target)[i] = four.word[i];
+      if constexpr (kBytes == 2) {
+        reinterpret_cast<uint16_t*>(target)[i] = static_cast<uint16_t>(four.word[i / 2] >> i % 2 * 16);
+      }
+      if constexpr (kBytes == 1) target[i] = static_cast<uint8_t>(four.word[0] >> 8 * i);
     }
-    if constexpr (kBytes == 1) target[i] = static_cast<uint8_t>(four.word[0] >> 8 * i);
   }
 }
 

@@ -19,11 +19,10 @@ namespace {
 constexpr int kRows = 4;  // rows of a workgroup, all in flight
 
 // `source`: residuals to decode, or weights to encode; `target`: the other.
-template <Format kFormat, bool kDecode>
+template <bool kWide, Format kFormat, bool kDecode>
 __global__ void __launch_bounds__(kMaxThreads)
     residual_kernel(const uint8_t* __restrict__ codes, const typename ScaleOf<kFormat>::type* __restrict__ absmax,
-                    const uint8_t* __restrict__ source, uint8_t* __restrict__ target, int64_t num_rows, int64_t cols,
-                    bool wide) {
+                    const uint8_t* __restrict__ source, uint8_t* __restrict__ target, int64_t num_rows, int64_t cols) {
   constexpr int kSourceBytes = kDecode ? 1 : 4, kTargetBytes = 5 - kSourceBytes;
   __shared__ Nf4Tables tables;
   if constexpr (is_nf4(kFormat)) {
@@ -35,33 +34,31 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int count = quad_count(col, cols);
   const int64_t stride = code_bytes(kFormat, cols), blocks = num_blocks(kFormat, cols);
   for (int64_t first = int64_t{blockIdx.y} * kRows; first < num_rows; first += int64_t{gridDim.y} * kRows) {
-    Pack values[kRows] = {};
-    uint64_t packed[kRows] = {};
-    float step[kRows] = {};
+    Pack values[kRows];
+    uint64_t packed[kRows];
+    typename ScaleOf<kFormat>::type scale[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t row = first + r;
-      if (row >= num_rows) continue;
-      values[r] = load_four<kSourceBytes>(source + (row * cols + col) * kSourceBytes, count, wide);
+      const int64_t row = row_or_last(first + r, num_rows);
+      values[r] = load_four<kWide, kSourceBytes>(source + (row * cols + col) * kSourceBytes, count);
       packed[r] = load_codes<kFormat>(codes + row * stride + col * code_bits(kFormat) / 8);
-      if constexpr (kFormat != Format::bf16) {
-        step[r] = BlockCodec<kFormat>::step(absmax[row * blocks + col / kBlockSize]);
-      }
+      if constexpr (kFormat != Format::bf16) scale[r] = absmax[row * blocks + col / kBlockSize];
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first + r;
       if (row >= num_rows) continue;
-      float weight[kQuad];
+      float step = 1.0f, weight[kQuad];
+      if constexpr (kFormat != Format::bf16) step = BlockCodec<kFormat>::step(scale[r]);
       Pack out = {};
       if constexpr (kDecode) {
-        decode_quad<kFormat, AdamMode::residual>(packed[r], values[r].word[0], step[r], tables, weight);
+        decode_quad<kFormat, AdamMode::residual>(packed[r], values[r].word[0], step, tables, weight);
         for (int i = 0; i < kQuad; ++i) out.word[i] = float_bits(weight[i]);
       } else {
         for (int i = 0; i < kQuad; ++i) weight[i] = bits_float(values[r].word[i]);
-        out.word[0] = encode_residual_quad<kFormat>(weight, packed[r], step[r], tables);
+        out.word[0] = encode_residual_quad<kFormat>(weight, packed[r], step, tables);
       }
-      store_four<kTargetBytes>(target + (row * cols + col) * kTargetBytes, out, count, wide);
+      store_four<kWide, kTargetBytes>(target + (row * cols + col) * kTargetBytes, out, count);
     }
   }
 }
@@ -74,9 +71,11 @@ void launch_residual(const char* name, const ResidualArgs& args, void* stream) {
   const LaunchShape shape = launch_shape(kRows, args.num_rows, (args.cols + kQuad - 1) / kQuad);
   auto *weight = reinterpret_cast<uint8_t*>(args.weight), *residual = reinterpret_cast<uint8_t*>(args.residual);
   with_format(args.format, [&]<Format kFormat>() {
-    launch(name, residual_kernel<kFormat, kDecode>, shape.grid, shape.block, stream, args.codes,
-           static_cast<const typename ScaleOf<kFormat>::type*>(args.absmax), kDecode ? residual : weight,
-           kDecode ? weight : residual, args.num_rows, args.cols, wide);
+    with_wide(wide, [&]<bool kWide>() {
+      launch(name, residual_kernel<kWide, kFormat, kDecode>, shape.grid, shape.block, stream, args.codes,
+             static_cast<const typename ScaleOf<kFormat>::type*>(args.absmax), kDecode ? residual : weight,
+             kDecode ? weight : residual, args.num_rows, args.cols);
+    });
   });
 }
 

@@ -13,9 +13,10 @@ namespace {
 
 static_assert(kRandomsPerGroup == Layout<float>::kPack, "a group is one 16-byte access");
 
+template <bool kWide>
 __global__ void __launch_bounds__(kMaxThreads)
     router_uniform_kernel(float* __restrict__ out, int64_t num_tokens, int64_t num_experts, uint64_t seed, int32_t step,
-                          int32_t micro_batch, int32_t layer, bool aligned) {
+                          int32_t micro_batch, int32_t layer) {
   const int64_t groups = (num_experts + kRandomsPerGroup - 1) / kRandomsPerGroup;
   const int64_t group = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (group >= groups) return;
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     Pack pack;
 #pragma unroll
     for (int i = 0; i < kRandomsPerGroup; ++i) pack.word[i] = float_bits(to_open_uniform(random.value[i]));
-    store_weights(out + token * num_experts, group * kRandomsPerGroup, num_experts, aligned, pack);
+    store_weights<kWide>(out + token * num_experts, group * kRandomsPerGroup, num_experts, pack);
   }
 }
 
@@ -34,8 +35,10 @@ __global__ void __launch_bounds__(kMaxThreads)
 void router_uniform(const RouterUniformArgs& a, void* stream) {
   if (a.num_tokens == 0 || a.num_experts == 0) return;
   const LaunchShape shape = launch_shape(1, a.num_tokens, (a.num_experts + kRandomsPerGroup - 1) / kRandomsPerGroup);
-  launch("router_uniform", router_uniform_kernel, shape.grid, shape.block, stream, a.out, a.num_tokens, a.num_experts,
-         a.seed, a.step, a.micro_batch, a.layer, aligned(a.out, a.num_experts * 4));
+  with_wide(aligned(a.out, a.num_experts * 4), [&]<bool kWide>() {
+    launch("router_uniform", router_uniform_kernel<kWide>, shape.grid, shape.block, stream, a.out, a.num_tokens,
+           a.num_experts, a.seed, a.step, a.micro_batch, a.layer);
+  });
 }
 
 }  // namespace usaf::gpu

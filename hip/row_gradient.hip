@@ -54,8 +54,8 @@ __device__ __forceinline__ Product<T> product_of(const T* __restrict__ x, const 
 
 // sum[n][i] = the gradient at column col + i of the neuron whose coefficients this lane would stage as its n-th: lane l
 // stages neuron l % kNeurons, which is `mine`, or none if negative. The whole workgroup comes here together.
-template <class T>
-__device__ __forceinline__ void gradient_tile(const Product<T>& product, int64_t mine, int64_t col, bool aligned,
+template <bool kWide, class T>
+__device__ __forceinline__ void gradient_tile(const Product<T>& product, int64_t mine, int64_t col,
                                               Coefficients (&staged)[kTokens],
                                               float (&sum)[kNeurons][Layout<T>::kPack]) {
   constexpr int kPack = Layout<T>::kPack;
@@ -81,7 +81,7 @@ __device__ __forceinline__ void gradient_tile(const Product<T>& product, int64_t
       for (int j = 0; j < kInFlight; ++j) {
         if (first + j >= count) continue;
         pack[j] =
-            load_weights(product.rows + (tile + first + j) * product.hidden_size, col, product.hidden_size, aligned);
+            load_weights<kWide>(product.rows + (tile + first + j) * product.hidden_size, col, product.hidden_size);
       }
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
@@ -113,21 +113,20 @@ __device__ __forceinline__ int64_t count_below(const int32_t* __restrict__ value
 }
 
 // row[col + i] += sum[i], rounded once.
-template <class T, class G>
-__device__ __forceinline__ void add_columns(G* row, int64_t col, int64_t cols, bool aligned,
-                                            const float (&sum)[Layout<T>::kPack]) {
+template <bool kWide, class T, class G>
+__device__ __forceinline__ void add_columns(G* row, int64_t col, int64_t cols, const float (&sum)[Layout<T>::kPack]) {
   constexpr int kFrom = Layout<T>::kPack, kTo = Layout<G>::kPack;
   if constexpr (kFrom % kTo == 0) {
 #pragma unroll
     for (int part = 0; part < kFrom; part += kTo) {
-      const Pack old = load_weights(row, col + part, cols, aligned);
+      const Pack old = load_weights<kWide>(row, col + part, cols);
       float value[kTo];
 #pragma unroll
       for (int i = 0; i < kTo; ++i) value[i] = weight_of<G>(old, i) + sum[part + i];
       Pack pack;
 #pragma unroll
       for (int i = 0; i < 4; ++i) pack.word[i] = packed_word<G>(value, i);
-      store_weights(row, col + part, cols, aligned, pack);
+      store_weights<kWide>(row, col + part, cols, pack);
     }
   } else {
 #pragma unroll
@@ -138,13 +137,13 @@ __device__ __forceinline__ void add_columns(G* row, int64_t col, int64_t cols, b
 }
 
 // blockIdx.x: a stretch of columns of one of the three matrices; y: an expert; z: a share of its neurons.
-template <class T, class G>
+template <bool kWide, class T, class G>
 __global__ void __launch_bounds__(kTileThreads)
     row_gradient_kernel(const T* __restrict__ x, const T* __restrict__ grad_out, const T* __restrict__ grad_gate_up,
                         const T* __restrict__ weighted_h, const int32_t* __restrict__ offsets,
                         const int32_t* __restrict__ neuron_expert, const int32_t* __restrict__ neuron_index,
                         G* __restrict__ grad, int64_t num_neurons, int64_t first_expert, int64_t num_experts,
-                        int64_t hidden_size, int64_t width, bool aligned, bool grad_aligned) {
+                        int64_t hidden_size, int64_t width) {
   __shared__ Coefficients staged[kTokens];
   const int matrix = static_cast<int>(blockIdx.x % 3);
   const int64_t col = (int64_t{blockIdx.x / 3} * kTileThreads + threadIdx.x) * Layout<T>::kPack;
@@ -159,24 +158,24 @@ __global__ void __launch_bounds__(kTileThreads)
       const int64_t staged_neuron = neuron + threadIdx.x % kNeurons;
       const int64_t mine = staged_neuron < last ? neuron_index[staged_neuron] : -1;
       float sum[kNeurons][Layout<T>::kPack];
-      gradient_tile<T>(product, mine, col, aligned, staged, sum);
+      gradient_tile<kWide, T>(product, mine, col, staged, sum);
       if (col >= hidden_size) continue;
 #pragma unroll
       for (int n = 0; n < kNeurons; ++n) {
         if (neuron + n >= last) continue;
-        add_columns<T>(grad + ((neuron + n) * 3 + matrix) * hidden_size, col, hidden_size, grad_aligned, sum[n]);
+        add_columns<kWide, T>(grad + ((neuron + n) * 3 + matrix) * hidden_size, col, hidden_size, sum[n]);
       }
     }
   }
 }
 
 // blockIdx.x: four neurons; y: an expert.
-template <class T>
+template <bool kWide, class T>
 __global__ void __launch_bounds__(kTileThreads)
     row_importance_kernel(const T* __restrict__ x, const T* __restrict__ grad_out, const T* __restrict__ grad_gate_up,
                           const T* __restrict__ weighted_h, const int32_t* __restrict__ offsets,
                           const T* __restrict__ weights, float* __restrict__ importance, int64_t num_experts,
-                          int64_t hidden_size, int64_t width, bool aligned) {
+                          int64_t hidden_size, int64_t width) {
   constexpr int kPack = Layout<T>::kPack;
   __shared__ Coefficients staged[kTokens];
   __shared__ double part[kGroups][kNeurons];
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(kTileThreads)
       for (int64_t start = 0; start < hidden_size; start += kTileThreads * kPack) {
         const int64_t col = start + threadIdx.x * kPack;
         float sum[kNeurons][kPack];
-        gradient_tile<T>(product, mine, col, aligned, staged, sum);
+        gradient_tile<kWide, T>(product, mine, col, staged, sum);
         if (col >= hidden_size) continue;
 #pragma unroll
         for (int n = 0; n < kNeurons; ++n) {
@@ -201,7 +200,7 @@ __global__ void __launch_bounds__(kTileThreads)
           float tile = 0.0f;  // columns past the row's end add zeros
           if (weights) {
             const T* row = weights + ((expert * 3 + matrix) * width + neuron + n) * hidden_size;
-            const Pack weight = load_weights(row, col, hidden_size, aligned);
+            const Pack weight = load_weights<kWide>(row, col, hidden_size);
 #pragma unroll
             for (int i = 0; i < kPack; ++i) tile += fabsf(sum[n][i] * weight_of<T>(weight, i));
           } else {
@@ -230,15 +229,15 @@ __global__ void __launch_bounds__(kTileThreads)
 }
 
 // A workgroup lies along a row.
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads) squares_kernel(const T* __restrict__ rows, double* __restrict__ squares,
-                                                              int64_t num_rows, int64_t cols, bool aligned) {
+template <bool kWide, class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    squares_kernel(const T* __restrict__ rows, double* __restrict__ squares, int64_t num_rows, int64_t cols) {
   constexpr int kPack = Layout<T>::kPack;
   __shared__ double part[kMaxThreads / kGroup];
   for (int64_t row = blockIdx.x; row < num_rows; row += gridDim.x) {
     double sum = 0.0;
     for (int64_t col = threadIdx.x * kPack; col < cols; col += blockDim.x * kPack) {
-      const Pack pack = load_weights(rows + row * cols, col, cols, aligned);  // zeros past the row's end
+      const Pack pack = load_weights<kWide>(rows + row * cols, col, cols);  // zeros past the row's end
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
         const double value = static_cast<double>(weight_of<T>(pack, i));
@@ -275,11 +274,13 @@ void row_gradient(const RowGradientArgs& a, void* stream) {
       const int64_t per_expert = (a.num_neurons - 1) / (a.num_experts * kNeurons) + 1;
       const dim3 grid(static_cast<unsigned>(3 * stretches), static_cast<unsigned>(std::min(a.num_experts, kMaxGridY)),
                       static_cast<unsigned>(std::min<int64_t>(per_expert, kMaxShares)));
-      launch("row_gradient", row_gradient_kernel<T, G>, grid, dim3(kTileThreads), stream, static_cast<const T*>(a.x),
-             static_cast<const T*>(a.grad_out), static_cast<const T*>(a.grad_gate_up),
-             static_cast<const T*>(a.weighted_h), a.offsets, a.neuron_expert, a.neuron_index, static_cast<G*>(a.grad),
-             a.num_neurons, a.first_expert, a.num_experts, a.hidden_size, a.intermediate_size,
-             operands_aligned(a, row_bytes), aligned(a.grad, a.hidden_size * int64_t{sizeof(G)}));
+      const bool wide = operands_aligned(a, row_bytes) && aligned(a.grad, a.hidden_size * int64_t{sizeof(G)});
+      with_wide(wide, [&]<bool kWide>() {
+        launch("row_gradient", row_gradient_kernel<kWide, T, G>, grid, dim3(kTileThreads), stream,
+               static_cast<const T*>(a.x), static_cast<const T*>(a.grad_out), static_cast<const T*>(a.grad_gate_up),
+               static_cast<const T*>(a.weighted_h), a.offsets, a.neuron_expert, a.neuron_index, static_cast<G*>(a.grad),
+               a.num_neurons, a.first_expert, a.num_experts, a.hidden_size, a.intermediate_size);
+      });
     };
     a.grad_dtype == DType::f32 ? with_grad(float{}) : with_grad(Bf16{});
   });
@@ -291,11 +292,13 @@ void row_importance(const RowImportanceArgs& a, void* stream) {
     const int64_t row_bytes = a.hidden_size * int64_t{sizeof(T)};
     const dim3 grid(static_cast<unsigned>((a.intermediate_size + kNeurons - 1) / kNeurons),
                     static_cast<unsigned>(std::min(a.num_experts, kMaxGridY)));
-    launch("row_importance", row_importance_kernel<T>, grid, dim3(kTileThreads), stream, static_cast<const T*>(a.x),
-           static_cast<const T*>(a.grad_out), static_cast<const T*>(a.grad_gate_up),
-           static_cast<const T*>(a.weighted_h), a.offsets, static_cast<const T*>(a.weights), a.importance,
-           a.num_experts, a.hidden_size, a.intermediate_size,
-           operands_aligned(a, row_bytes) && (!a.weights || aligned(a.weights, row_bytes)));
+    const bool wide = operands_aligned(a, row_bytes) && (!a.weights || aligned(a.weights, row_bytes));
+    with_wide(wide, [&]<bool kWide>() {
+      launch("row_importance", row_importance_kernel<kWide, T>, grid, dim3(kTileThreads), stream,
+             static_cast<const T*>(a.x), static_cast<const T*>(a.grad_out), static_cast<const T*>(a.grad_gate_up),
+             static_cast<const T*>(a.weighted_h), a.offsets, static_cast<const T*>(a.weights), a.importance,
+             a.num_experts, a.hidden_size, a.intermediate_size);
+    });
   });
 }
 
@@ -303,9 +306,11 @@ void squares_of_rows(const SquaresOfRowsArgs& a, void* stream) {
   if (a.num_rows == 0) return;
   with_type(a.dtype, [&]<class T>(T) {
     const int64_t row_bytes = a.cols * int64_t{sizeof(T)};
-    launch("squares_of_rows", squares_kernel<T>, dim3(static_cast<unsigned>(std::min(a.num_rows, kMaxGridX))),
-           dim3(static_cast<unsigned>(threads_along((row_bytes + 15) / 16))), stream, static_cast<const T*>(a.rows),
-           a.squares, a.num_rows, a.cols, aligned(a.rows, row_bytes));
+    with_wide(aligned(a.rows, row_bytes), [&]<bool kWide>() {
+      launch("squares_of_rows", squares_kernel<kWide, T>, dim3(static_cast<unsigned>(std::min(a.num_rows, kMaxGridX))),
+             dim3(static_cast<unsigned>(threads_along((row_bytes + 15) / 16))), stream, static_cast<const T*>(a.rows),
+             a.squares, a.num_rows, a.cols);
+    });
   });
 }
 

@@ -29,8 +29,26 @@ SLOW_CLANG_ARCHS = ("gfx1031", "gfx1101", "gfx1102", "gfx1151", "gfx1201")
 # Kernels over maps of 4 and 8 bytes an item: nothing in them is 16 bytes wide.
 MAP_KERNELS = re.compile(r"sort_\w+_kernel|source_kernel")
 WITHOUT_FLOATS = {"sort"}
+# Of kernels whose first template parameter is kWide = false: element by element.
+NARROW_KERNELS = re.compile(r"kernelILb0E")
 # A kernel's fewest, where it is more than one: all four rows' accesses.
 HIP_WIDE_ACCESSES = {"codec": 4, "residual": 4, "moments8": 4}
+# Loads of a lane that run at once: those of all its rows, slots or tokens, or a weight's state.
+HIP_LOADS_IN_FLIGHT = {
+    "encode_kernel": 4,
+    "decode_kernel": 4,
+    "residual_kernel": 6,  # residuals, codes and scales, of which some may be back
+    "decode_moments8_kernel": 6,
+    "gather_kernel": 4,
+    "permute_kernel": 4,
+    "combine_kernel": 4,
+    "combine_backward_kernel": 5,
+    "glu_kernel": 4,
+    "glu_backward_kernel": 3,
+    "row_gradient_kernel": 2,
+    "row_importance_kernel": 2,
+    "masked_adam_kernel": 4,
+}
 
 
 def compiler(name: str) -> str:
@@ -120,11 +138,27 @@ def hip(request, tmp_path_factory):
         return dict(zip(HIP_SOURCES, pool.map(lambda source: compile_hip(hipcc, source, folder), HIP_SOURCES)))
 
 
+def hip_bodies(assembly: str) -> dict[str, str]:
+    names = re.findall(r"^\s*\.amdhsa_kernel\s+(\S+)", assembly, re.MULTILINE)
+    return {name: assembly.split(f"\n{name}:", 1)[1].split("\n\t.section", 1)[0] for name in names}
+
+
 def hip_kernels(assembly: str) -> dict[str, list[str]]:
     """Mnemonics of each kernel, in order; both of a dual-issue pair."""
-    names = re.findall(r"^\s*\.amdhsa_kernel\s+(\S+)", assembly, re.MULTILINE)
-    bodies = {name: assembly.split(f"\n{name}:", 1)[1].split("\n\t.section", 1)[0] for name in names}
+    bodies = hip_bodies(assembly)
     return {name: re.findall(r"(?:^\t|:: )([a-z]\w+)", body, re.MULTILINE) for name, body in bodies.items()}
+
+
+def loads_in_flight(body: str) -> int:
+    """The most loads from memory that are under way at once, along a kernel's code as it is written down: a wait
+    leaves as many as it names."""
+    most = under_way = 0
+    for load, left, left_on_rdna4 in re.findall(
+        r"^\t(?:(global_load_)\w+|s_waitcnt .*vmcnt\((\d+)\)|s_wait_loadcnt\w* (0x\w+))", body, re.MULTILINE
+    ):
+        under_way = under_way + 1 if load else min(under_way, int(left or left_on_rdna4, 0))
+        most = max(most, under_way)
+    return most
 
 
 def fused_by_clang(instructions: list[str]) -> tuple[list[str], list[str]]:
@@ -225,10 +259,23 @@ def test_hip_moves_16_bytes(hip):
     for source, assemblies in hip.items():
         for arch, assembly in assemblies.items():
             for name, instructions in hip_kernels(assembly).items():
-                if MAP_KERNELS.search(name):
+                if MAP_KERNELS.search(name) or NARROW_KERNELS.search(name):
                     continue
                 wide = sum(bool(re.match(r"global_(load|store)_(dwordx4|b128)", i)) for i in instructions)
                 assert wide >= HIP_WIDE_ACCESSES.get(source.stem, 1), f"{arch} {name}: {wide}"
+
+
+def test_hip_loads_run_together(hip):
+    seen = set()
+    for assemblies in hip.values():
+        for arch, assembly in assemblies.items():
+            for name, body in hip_bodies(assembly).items():
+                kernel = re.search(r"_N_1\d+([a-z]\w*?_kernel)ILb1E", name)
+                if kernel is None or kernel[1] not in HIP_LOADS_IN_FLIGHT:
+                    continue
+                seen.add(kernel[1])
+                assert loads_in_flight(body) >= HIP_LOADS_IN_FLIGHT[kernel[1]], f"{arch} {name}"
+    assert seen == set(HIP_LOADS_IN_FLIGHT)
 
 
 @pytest.mark.parametrize("source", [*HIP_SOURCES, HIP_DEVICE], ids=lambda path: path.name)
