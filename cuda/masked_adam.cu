@@ -24,7 +24,8 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 static_assert(kHalf * kHalves == kMomentBlock);
 
 // On the device, for every thread block to copy to its shared memory.
-__device__ constexpr Dynamic8 kExpAvgMap = kDynamic8Signed, kExpAvgSqMap = kDynamic8Unsigned;
+__device__ constexpr Dynamic8Lookup<true> kExpAvgMap = kDynamic8SignedLookup;
+__device__ constexpr Dynamic8Lookup<false> kExpAvgSqMap = kDynamic8UnsignedLookup;
 
 struct RowStep {
   AdamScalars scalars;
@@ -37,7 +38,8 @@ struct Shared {
 };
 
 struct SharedMaps {
-  Dynamic8 exp_avg, exp_avg_sq;
+  Dynamic8Lookup<true> exp_avg;
+  Dynamic8Lookup<false> exp_avg_sq;
 };
 
 // fp32 or bf16, as their bits until they are unpacked: which of them is known at run time only.
@@ -58,9 +60,8 @@ __device__ __forceinline__ uint4 pack(const float (&value)[kQuad]) {
   return make_uint4(float_bits(value[0]), float_bits(value[1]), float_bits(value[2]), float_bits(value[3]));
 }
 
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
-  return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
-}
+__device__ __forceinline__ uint32_t scale_bits(float scale) { return float_bits(scale); }
+__device__ __forceinline__ uint32_t scale_bits(F16 scale) { return scale.bits; }
 
 // The largest among kLanes neighbouring lanes; every lane of the warp takes part.
 template <int kLanes>
@@ -70,13 +71,23 @@ __device__ __forceinline__ uint32_t largest_of(uint32_t value) {
   return value;
 }
 
+// The type of a format's scales as they are stored; bf16 has none.
+template <Format kFormat>
+struct ScaleOf {
+  using type = typename BlockCodec<kFormat>::Scale;
+};
+template <>
+struct ScaleOf<Format::bf16> {
+  using type = uint8_t;
+};
+
 // What one lane loads of one half.
-template <AdamMode kMode>
+template <Format kFormat>
 struct Loaded {
   uint4 grad, exp_avg, exp_avg_sq, master;
-  uint64_t codes;
+  QuadCodes<kFormat> codes;
   uint32_t residuals;
-  float step;
+  typename ScaleOf<kFormat>::type scale;
 };
 
 template <Format kFormat, AdamMode kMode, bool kMoments8>
@@ -102,26 +113,30 @@ struct Chunk {
     return static_cast<typename BlockCodec<kFormat>::Scale*>(args.absmax) + row * num_blocks(kFormat, args.cols) +
            col / kBlockSize;
   }
+  // Of the whole chunk, so lanes past the row's end have one too.
   __device__ __forceinline__ float* moment_absmax_at(float* absmax, int64_t col) const {
     return absmax + row * num_moment_blocks(args.cols) + col / kMomentBlock;
+  }
+  __device__ __forceinline__ float load_moment_absmax(float* absmax, int64_t col) const {
+    return kMoments8 && absmax ? *moment_absmax_at(absmax, col) : 0.0f;
   }
 
   __device__ __forceinline__ uint4 load_moment(const void* data, const float* absmax, int64_t col) const {
     if (kMoments8 && absmax) return load_four<1>(at(data, element(col), 1), count(col), wide);
     return load_four<4>(at(data, element(col), 4), count(col), wide);
   }
-  __device__ __forceinline__ void unpack_moment(uint4 words, float* absmax, const Dynamic8& map, int64_t col,
-                                                float (&moment)[kQuad]) const {
-    if (kMoments8 && absmax) {
-      const float scale = count(col) > 0 ? *moment_absmax_at(absmax, col) : 0.0f;
-      decode_moments_quad(map.value, words.x, scale, moment);
+  // `is_codes`: and with the map's values and the chunk's absmax they are moments.
+  __device__ __forceinline__ static void unpack_moment(uint4 words, bool is_codes, const float (&value)[256],
+                                                       float absmax, float (&moment)[kQuad]) {
+    if (kMoments8 && is_codes) {
+      decode_moments_quad(value, words.x, absmax, moment);
     } else {
       unpack(words, DType::f32, moment);
     }
   }
 
-  __device__ __forceinline__ Loaded<kMode> load(int64_t col) const {
-    Loaded<kMode> in = {};
+  __device__ __forceinline__ Loaded<kFormat> load(int64_t col) const {
+    Loaded<kFormat> in = {};
     const int n = count(col);
     in.grad = load_floats(args.grad, element(col), args.grad_dtype, n, wide);
     in.exp_avg = load_moment(args.exp_avg, args.exp_avg_absmax, col);
@@ -130,7 +145,7 @@ struct Chunk {
     if constexpr (kHasResidual) in.residuals = load_four<1>(args.residual + element(col), n, wide).x;
     if (n == 0) return in;
     in.codes = load_codes<kFormat>(codes_at(col));
-    if constexpr (kFormat != Format::bf16) in.step = BlockCodec<kFormat>::step(*scale_at(col));
+    if constexpr (kFormat != Format::bf16) in.scale = *scale_at(col);
     return in;
   }
 
@@ -139,7 +154,9 @@ struct Chunk {
     const bool f32 = args.master_dtype == DType::f32;
     uint4 words = pack(weight);
     if (!f32) {
-      words = make_uint4(bf16_pair(weight[0], weight[1]), bf16_pair(weight[2], weight[3]), 0, 0);
+      uint32_t pairs[kQuad / 2];
+      to_bf16_pairs(weight, pairs);
+      words = make_uint4(pairs[0], pairs[1], 0, 0);
       unpack(words, DType::bf16, weight);
       store_four<2>(at(args.master, element(col), 2), words, count(col), wide);
     } else {
@@ -149,12 +166,14 @@ struct Chunk {
   }
 
   // Steps and encodes a half; its moments stay in `quad`. Not 0 if a bit of codes, absmax, master or residual changed.
-  __device__ __forceinline__ uint32_t step(const Loaded<kMode>& in, int64_t col, AdamQuad& quad) const {
+  __device__ __forceinline__ uint32_t step(const Loaded<kFormat>& in, int64_t col, AdamQuad& quad) const {
     const int n = count(col);
     if constexpr (kHasMaster) {
       unpack(in.master, args.master_dtype, quad.weight);
     } else {
-      decode_quad<kFormat, kMode>(in.codes, in.residuals, in.step, shared.nf4, quad.weight);
+      float step = 1.0f;
+      if constexpr (kFormat != Format::bf16) step = BlockCodec<kFormat>::step(in.scale);
+      decode_quad<kFormat, kMode>(in.codes, in.residuals, step, shared.nf4, quad.weight);
     }
     float grad[kQuad];
     unpack(in.grad, args.grad_dtype, grad);
@@ -169,20 +188,21 @@ struct Chunk {
       new_step = Codec::step(scale);
       inverse = inverse_step(new_step);
       if (n > 0 && col % kBlockSize == 0) {
-        difference |= replace_scale(scale_at(col), scale);
+        difference |= scale_bits(scale) ^ scale_bits(in.scale);
+        *scale_at(col) = scale;
       }
     }
-    uint64_t codes;
+    QuadCodes<kFormat> codes;
     if (!kHasMaster && !kHasResidual && args.stochastic) {
       const Random4 random = random_quad(args.seed, row_step.step, args.first_element + element(col));
-      codes = encode_quad<kFormat>(quad.weight, inverse, &random, n);
+      codes = encode_quad<kFormat>(quad.weight, inverse, &random, n, shared.nf4);
     } else {
-      codes = encode_quad<kFormat>(quad.weight, inverse, nullptr, n);
+      codes = encode_quad<kFormat>(quad.weight, inverse, nullptr, n, shared.nf4);
     }
     if (n > 0) {
       // The bytes past the row's end keep what they hold.
-      const uint64_t changed = (codes ^ in.codes) & quad_code_mask<kFormat>(n);
-      difference |= static_cast<uint32_t>(changed) | static_cast<uint32_t>(changed >> 32);
+      const QuadCodes<kFormat> changed = (codes ^ in.codes) & quad_code_mask<kFormat>(n);
+      difference |= static_cast<uint32_t>(changed) | static_cast<uint32_t>(uint64_t{changed} >> 32);
       store_codes<kFormat>(codes_at(col), in.codes ^ changed);
     }
     if constexpr (kHasResidual) {
@@ -195,20 +215,10 @@ struct Chunk {
     return difference;
   }
 
-  template <class Scale>
-  __device__ __forceinline__ static uint32_t replace_scale(Scale* target, Scale scale) {
-    uint32_t difference;
-    if constexpr (sizeof(Scale) == 2) {
-      difference = target->bits ^ scale.bits;
-    } else {
-      difference = float_bits(*target) ^ float_bits(scale);
-    }
-    *target = scale;
-    return difference;
-  }
-
-  __device__ __forceinline__ void store_moment(void* data, float* absmax, const Dynamic8& map, int64_t col,
-                                               const float (&first)[kQuad], const float (&second)[kQuad]) const {
+  template <bool kSigned>
+  __device__ __forceinline__ void store_moment(void* data, float* absmax, const Dynamic8Lookup<kSigned>& map,
+                                               int64_t col, const float (&first)[kQuad],
+                                               const float (&second)[kQuad]) const {
     if (kMoments8 && absmax) {
       const float largest = bits_float(largest_of<kWarp>(max(quad_magnitude(first), quad_magnitude(second))));
       const float inverse = inverse_step(largest);
@@ -224,15 +234,17 @@ struct Chunk {
 
   // The 256 weights from `col`, less this lane's own offset, on.
   __device__ __forceinline__ uint32_t run(int64_t col) const {
-    Loaded<kMode> in[kHalves];
+    Loaded<kFormat> in[kHalves];
     AdamQuad quad[kHalves];
+    const float exp_avg_absmax = load_moment_absmax(args.exp_avg_absmax, col);
+    const float exp_avg_sq_absmax = load_moment_absmax(args.exp_avg_sq_absmax, col);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) in[half] = load(col + half * kHalf);
     uint32_t difference = 0;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      unpack_moment(in[half].exp_avg, args.exp_avg_absmax, maps.exp_avg, col + half * kHalf, quad[half].exp_avg);
-      unpack_moment(in[half].exp_avg_sq, args.exp_avg_sq_absmax, maps.exp_avg_sq, col + half * kHalf,
+      unpack_moment(in[half].exp_avg, args.exp_avg_absmax, maps.exp_avg.value, exp_avg_absmax, quad[half].exp_avg);
+      unpack_moment(in[half].exp_avg_sq, args.exp_avg_sq_absmax, maps.exp_avg_sq.value, exp_avg_sq_absmax,
                     quad[half].exp_avg_sq);
       difference |= step(in[half], col + half * kHalf, quad[half]);
     }
@@ -257,12 +269,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ SharedMaps maps;
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   if (args.found_inf && *args.found_inf != 0.0f) return;
-  if constexpr (is_nf4(kFormat)) copy_nf4_tables(shared.nf4, thread);
+  if constexpr (is_nf4(kFormat)) copy_table(shared.nf4, kNf4, thread, kThreads);
   if constexpr (kMoments8) {
-    maps.exp_avg.value[thread] = kExpAvgMap.value[thread];
-    maps.exp_avg_sq.value[thread] = kExpAvgSqMap.value[thread];
-    if (thread < 255) maps.exp_avg.bound[thread] = kExpAvgMap.bound[thread];
-    if (thread < 255) maps.exp_avg_sq.bound[thread] = kExpAvgSqMap.bound[thread];
+    copy_table(maps.exp_avg, kExpAvgMap, thread, kThreads);
+    copy_table(maps.exp_avg_sq, kExpAvgSqMap, thread, kThreads);
   }
   const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
   const int64_t chunks = num_moment_blocks(args.cols);

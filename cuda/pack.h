@@ -37,19 +37,20 @@ __device__ __forceinline__ void unpack(uint4 pack, float (&weight)[8], T) {
   }
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t pair_bits(float low, float high) {
-  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
-}
-
 __device__ __forceinline__ uint4 repack(const float (&weight)[4], float) {
   return make_uint4(float_bits(weight[0]), float_bits(weight[1]), float_bits(weight[2]), float_bits(weight[3]));
 }
 
-template <class T>
-__device__ __forceinline__ uint4 repack(const float (&weight)[8], T) {
-  return make_uint4(pair_bits<T>(weight[0], weight[1]), pair_bits<T>(weight[2], weight[3]),
-                    pair_bits<T>(weight[4], weight[5]), pair_bits<T>(weight[6], weight[7]));
+__device__ __forceinline__ uint4 repack(const float (&weight)[8], Bf16) {
+  uint32_t words[4];
+  to_bf16_pairs(weight, words);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+__device__ __forceinline__ uint4 repack(const float (&weight)[8], F16) {
+  uint32_t words[4];
+  to_f16_pairs(weight, words);
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // The pack at `col`; zeros past the row's end. `aligned`: rows start at multiples of 16 bytes.

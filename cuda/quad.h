@@ -4,17 +4,9 @@
 
 #include "launch.h"
 #include "numerics/adam_quad.h"
+#include "shared_tables.h"
 
 namespace usaf::gpu {
-
-__device__ constexpr Nf4Tables kNf4 = kNf4Tables;
-
-// Into shared memory, by the first 16 threads of a block; a barrier must follow.
-__device__ __forceinline__ void copy_nf4_tables(Nf4Tables& tables, int thread) {
-  if (thread >= 16) return;
-  tables.value[thread] = kNf4.value[thread];
-  tables.gap[thread] = kNf4.gap[thread];
-}
 
 __device__ __forceinline__ int quad_count(int64_t col, int64_t cols) {
   return static_cast<int>(col >= cols ? 0 : cols - col < kQuad ? cols - col : kQuad);
@@ -70,7 +62,7 @@ __device__ __forceinline__ void* at(void* data, int64_t element, int bytes) {
 
 // The codes of a quad. A row's codes end in padding, so a quad's are there even where the row ends inside it.
 template <Format kFormat>
-__device__ __forceinline__ uint64_t load_codes(const uint8_t* source) {
+__device__ __forceinline__ QuadCodes<kFormat> load_codes(const uint8_t* source) {
   if constexpr (kFormat == Format::bf16) {
     const uint2 words = *reinterpret_cast<const uint2*>(source);
     return words.x | uint64_t{words.y} << 32;
@@ -82,13 +74,13 @@ __device__ __forceinline__ uint64_t load_codes(const uint8_t* source) {
 }
 
 template <Format kFormat>
-__device__ __forceinline__ void store_codes(uint8_t* target, uint64_t codes) {
+__device__ __forceinline__ void store_codes(uint8_t* target, QuadCodes<kFormat> codes) {
   if constexpr (kFormat == Format::bf16) {
     *reinterpret_cast<uint2*>(target) = make_uint2(static_cast<uint32_t>(codes), static_cast<uint32_t>(codes >> 32));
   } else if constexpr (is_nf4(kFormat)) {
     *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(codes);
   } else {
-    *reinterpret_cast<uint32_t*>(target) = static_cast<uint32_t>(codes);
+    *reinterpret_cast<uint32_t*>(target) = codes;
   }
 }
 

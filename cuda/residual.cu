@@ -59,7 +59,7 @@ template <Format kFormat, bool kDecode>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) residual_kernel(ResidualArgs args, bool wide) {
   __shared__ Nf4Tables tables;
   if constexpr (is_nf4(kFormat)) {
-    copy_nf4_tables(tables, threadIdx.y * blockDim.x + threadIdx.x);
+    copy_table(tables, kNf4, threadIdx.y * blockDim.x + threadIdx.x, kThreads);
     __syncthreads();
   }
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kQuad;

@@ -23,10 +23,12 @@ constexpr int kHalf = 32, kMaxHalves = kMaxThreads / kHalf, kBlockLanes = kBlock
 static_assert(kMinThreads == kMomentBlock / kQuad);
 
 // For every workgroup to copy to LDS.
-__device__ constexpr Dynamic8 kExpAvgMap = kDynamic8Signed, kExpAvgSqMap = kDynamic8Unsigned;
+__device__ constexpr Dynamic8Lookup<true> kExpAvgMap = kDynamic8SignedLookup;
+__device__ constexpr Dynamic8Lookup<false> kExpAvgSqMap = kDynamic8UnsignedLookup;
 
 struct Maps {
-  Dynamic8 exp_avg, exp_avg_sq;
+  Dynamic8Lookup<true> exp_avg;
+  Dynamic8Lookup<false> exp_avg_sq;
   uint32_t largest[2][2][kMaxHalves];  // [turn][moment][half of 256 moments]: used in turns, a barrier a turn
 };
 
@@ -122,9 +124,9 @@ struct Moment {
     return {Either::load<kWide, 1>(row, col, !absmax, count), absmax ? absmax[col / kMomentBlock] : 0.0f};
   }
   template <bool kMoments8>
-  __device__ __forceinline__ void decode(bool is_codes, const Dynamic8& map, float (&value)[kQuad]) const {
+  __device__ __forceinline__ void decode(bool is_codes, const float (&map)[256], float (&value)[kQuad]) const {
     if (kMoments8 && is_codes) {
-      decode_moments_quad(map.value, four.small.word[0], absmax, value);
+      decode_moments_quad(map, four.small.word[0], absmax, value);
     } else {
       unpack(four, true, value);
     }
@@ -132,8 +134,8 @@ struct Moment {
 };
 
 // `largest`: of the 256 moments, where they become codes.
-template <bool kWide, bool kMoments8>
-__device__ __forceinline__ void store_moment(uint8_t* row, float* absmax, const Dynamic8& map,
+template <bool kWide, bool kMoments8, bool kSigned>
+__device__ __forceinline__ void store_moment(uint8_t* row, float* absmax, const Dynamic8Lookup<kSigned>& map,
                                              const float (&value)[kQuad], uint32_t largest, int64_t col, int count) {
   if (kMoments8 && absmax) {
     const float scale = bits_float(largest);
@@ -176,8 +178,8 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
     if constexpr (kFormat != Format::bf16) step = BlockCodec<kFormat>::step(old_scale);
     decode_quad<kFormat, kMode>(old_codes, residuals.word[0], step, nf4, quad.weight);
   }
-  exp_avg.decode<kMoments8>(row.exp_avg_absmax, maps.exp_avg, quad.exp_avg);
-  exp_avg_sq.decode<kMoments8>(row.exp_avg_sq_absmax, maps.exp_avg_sq, quad.exp_avg_sq);
+  exp_avg.decode<kMoments8>(row.exp_avg_absmax, maps.exp_avg.value, quad.exp_avg);
+  exp_avg_sq.decode<kMoments8>(row.exp_avg_sq_absmax, maps.exp_avg_sq.value, quad.exp_avg_sq);
   unpack(grad, grad_f32, gradient);
   step_quad(row_step.scalars, grad_scale, gradient, count, quad);
 
@@ -208,9 +210,9 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
   uint64_t codes;
   if (!kHasMaster && !kHasResidual && args.stochastic) {
     const Random4 random = random_quad(args.seed, row_step.step, row.first_element + col);
-    codes = encode_quad<kFormat>(quad.weight, inverse, &random, count);
+    codes = encode_quad<kFormat>(quad.weight, inverse, &random, count, nf4);
   } else {
-    codes = encode_quad<kFormat>(quad.weight, inverse, nullptr, count);
+    codes = encode_quad<kFormat>(quad.weight, inverse, nullptr, count, nf4);
   }
   if (count > 0) {  // bytes past the row's end keep what they hold
     const uint64_t flipped = (codes ^ old_codes) & quad_code_mask<kFormat>(count);
@@ -235,15 +237,10 @@ __global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs
   __shared__ Maps maps;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   if (args.found_inf && *args.found_inf != 0.0f) return;
-  if constexpr (is_nf4(kFormat)) copy_nf4_tables(nf4, thread);
+  if constexpr (is_nf4(kFormat)) copy_table(nf4, kNf4, thread, threads);
   if constexpr (kMoments8) {
-    for (int i = thread; i < 256; i += threads) {
-      maps.exp_avg.value[i] = kExpAvgMap.value[i];
-      maps.exp_avg_sq.value[i] = kExpAvgSqMap.value[i];
-      if (i == 255) continue;
-      maps.exp_avg.bound[i] = kExpAvgMap.bound[i];
-      maps.exp_avg_sq.bound[i] = kExpAvgSqMap.bound[i];
-    }
+    copy_table(maps.exp_avg, kExpAvgMap, thread, threads);
+    copy_table(maps.exp_avg_sq, kExpAvgSqMap, thread, threads);
   }
   const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
   const int64_t first = int64_t{blockIdx.x} * rows_per_group;

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   constexpr int kSourceBytes = kDecode ? 1 : 4, kTargetBytes = 5 - kSourceBytes;
   __shared__ Nf4Tables tables;
   if constexpr (is_nf4(kFormat)) {
-    copy_nf4_tables(tables, threadIdx.x);
+    copy_table(tables, kNf4, threadIdx.x, blockDim.x);
     __syncthreads();
   }
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kQuad;

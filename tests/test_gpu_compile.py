@@ -202,6 +202,14 @@ def test_cuda_moves_16_bytes(cuda):
             assert re.search(r"(ld|st)\.global(\.nc)?\.v4\.", body), f"{source.name}: {name}"
 
 
+def test_cuda_rounds_two_halves_at_once(cuda):
+    """Where the chip can (cpp/numerics/bfloat16.h, float16.h)."""
+    for (source, arch), (_, ptx) in cuda.items():
+        if source.stem in ("codec", "gather", "glu"):
+            for instruction in ("cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32"):
+                assert (instruction in ptx) == (arch >= 80), f"{source.name} sm_{arch}: {instruction}"
+
+
 def test_hip_uses_registers_only(hip):
     keys = ("private_segment_fixed_size", "sgpr_spill_count", "vgpr_spill_count")
     for source, assemblies in hip.items():

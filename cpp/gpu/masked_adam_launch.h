@@ -1,7 +1,6 @@
 // The host's side of masked Adam that cuda/ and hip/ share: which kernel, how many rows a workgroup owns, whether
 // accesses of four elements are aligned.
 #pragma once
-#include <algorithm>
 #include <stdexcept>
 
 #include "../kernel_api.h"
@@ -24,9 +23,11 @@ struct AdamGrid {
   int rows_per_group;
 };
 
-// `resident`: groups that the device runs at once. Groups own as few rows as keep it full, so up to max_rows_per_group.
+// `resident`: groups that the device runs at once. Groups own up to max_rows_per_group rows, as many groups as fill the
+// device a whole number of times: a few more would leave it nearly idle for as long as a full one takes.
 inline AdamGrid adam_grid(int64_t num_rows, int64_t resident, int64_t max_rows_per_group, int64_t max_groups) {
-  const int64_t rows = std::min((num_rows + resident - 1) / resident, max_rows_per_group);
+  const int64_t most = resident * max_rows_per_group, waves = (num_rows + most - 1) / most;
+  const int64_t rows = (num_rows + resident * waves - 1) / (resident * waves);
   const int64_t groups = (num_rows + rows - 1) / rows;
   if (groups > max_groups) throw std::invalid_argument("num_rows: too many rows for one launch");
   return {static_cast<unsigned>(groups), static_cast<int>(rows)};

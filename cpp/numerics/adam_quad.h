@@ -5,6 +5,7 @@
 // exist; what is past a row's end is kept at zero, so that no absmax sees it.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "adam.h"
 #include "bfloat16.h"
@@ -17,10 +18,11 @@ namespace usaf {
 inline constexpr int kQuad = 4;
 static_assert(kQuad == kRandomsPerGroup);
 
-// NF4's values and residual gaps, for a kernel to keep in shared memory: there an index known only at run time is
-// cheap, and a constant array inside a function would lie in local memory.
+// NF4's values, residual gaps and codes, for a kernel to keep in shared memory: there an index known only at run time
+// is cheap, and a constant array inside a function would lie in local memory.
 struct Nf4Tables {
   float value[16], gap[16];
+  Nf4Lookup lookup;
 };
 
 constexpr Nf4Tables make_nf4_tables() {
@@ -29,10 +31,15 @@ constexpr Nf4Tables make_nf4_tables() {
     tables.value[code] = nf4_value(code);
     tables.gap[code] = nf4_gap(code);
   }
+  tables.lookup = kNf4Lookup;
   return tables;
 }
 
 inline constexpr Nf4Tables kNf4Tables = make_nf4_tables();
+
+// The codes of four weights, and no more bits: 64 would be two registers and twice the instructions.
+template <Format kFormat>
+using QuadCodes = std::conditional_t<kFormat == Format::bf16, uint64_t, uint32_t>;
 
 struct AdamQuad {
   float weight[kQuad], exp_avg[kQuad], exp_avg_sq[kQuad];
@@ -44,14 +51,16 @@ USAF_HD constexpr int quad_shift(int i) {
 }
 
 template <Format kFormat>
-USAF_HD uint32_t quad_code(uint64_t codes, int i) {
+USAF_HD uint32_t quad_code(QuadCodes<kFormat> codes, int i) {
   return static_cast<uint32_t>(codes >> quad_shift<kFormat>(i)) & ((1u << code_bits(kFormat)) - 1u);
 }
 
 // The bytes that the codes of `count` weights are in.
 template <Format kFormat>
-USAF_HD uint64_t quad_code_mask(int count) {
-  return count == 0 ? 0 : ~uint64_t{0} >> (64 - 8 * used_bytes(kFormat, count));
+USAF_HD QuadCodes<kFormat> quad_code_mask(int count) {
+  constexpr int kBits = 8 * sizeof(QuadCodes<kFormat>);
+  const int used = static_cast<int>(used_bytes(kFormat, count));
+  return count == 0 ? 0 : ~QuadCodes<kFormat>{0} >> (kBits - 8 * used);
 }
 
 // `step`: BlockCodec's; of bf16 it is not used.
@@ -77,7 +86,7 @@ USAF_HD float code_residual_unit(uint32_t code, float step, const Nf4Tables& tab
 
 // What codes, and in mode residual the bytes of `residuals`, stand for.
 template <Format kFormat, AdamMode kMode>
-USAF_HD void decode_quad(uint64_t codes, uint32_t residuals, float step, const Nf4Tables& tables,
+USAF_HD void decode_quad(QuadCodes<kFormat> codes, uint32_t residuals, float step, const Nf4Tables& tables,
                          float (&weight)[kQuad]) {
   for (int i = 0; i < kQuad; ++i) {
     const uint32_t code = quad_code<kFormat>(codes, i);
@@ -125,25 +134,31 @@ USAF_HD Random4 random_quad(uint64_t seed, int32_t step, int64_t first) {
 
 // `random` null: to nearest. `inverse`: of the step; of bf16 it is not used.
 template <Format kFormat>
-USAF_HD uint64_t encode_quad(const float (&weight)[kQuad], float inverse, const Random4* random, int count) {
-  uint64_t codes = 0;
+USAF_HD QuadCodes<kFormat> encode_quad(const float (&weight)[kQuad], float inverse, const Random4* random, int count,
+                                       const Nf4Tables& tables) {
+  QuadCodes<kFormat> codes = 0;
   for (int i = 0; i < kQuad; ++i) {
     uint32_t code;
     if constexpr (kFormat == Format::bf16) {
       code = random ? to_bf16_stochastic(weight[i], random->value[i]).bits : to_bf16(weight[i]).bits;
     } else {
-      using Codec = BlockCodec<kFormat>;
-      code =
-          random ? Codec::encode_stochastic(weight[i] * inverse, random->value[i]) : Codec::encode(weight[i] * inverse);
+      const float normalized = weight[i] * inverse;
+      if (random) {
+        code = BlockCodec<kFormat>::encode_stochastic(normalized, random->value[i]);
+      } else if constexpr (is_nf4(kFormat)) {
+        code = nf4_encode(tables.lookup, normalized);
+      } else {
+        code = BlockCodec<kFormat>::encode(normalized);
+      }
     }
-    codes |= static_cast<uint64_t>(i < count ? code : 0u) << quad_shift<kFormat>(i);
+    codes |= static_cast<QuadCodes<kFormat>>(i < count ? code : 0u) << quad_shift<kFormat>(i);
   }
   return codes;
 }
 
 // What `codes` lack of `weight`, as residuals: the low byte for the first weight.
 template <Format kFormat>
-USAF_HD uint32_t encode_residual_quad(const float (&weight)[kQuad], uint64_t codes, float step,
+USAF_HD uint32_t encode_residual_quad(const float (&weight)[kQuad], QuadCodes<kFormat> codes, float step,
                                       const Nf4Tables& tables) {
   uint32_t residuals = 0;
   for (int i = 0; i < kQuad; ++i) {
@@ -157,7 +172,7 @@ USAF_HD uint32_t encode_residual_quad(const float (&weight)[kQuad], uint64_t cod
 
 // Mode eco: what the encode lost goes into exp_avg.
 template <Format kFormat>
-USAF_HD void carry_error_quad(const AdamScalars& scalars, uint64_t codes, float step, const Nf4Tables& tables,
+USAF_HD void carry_error_quad(const AdamScalars& scalars, QuadCodes<kFormat> codes, float step, const Nf4Tables& tables,
                               int count, AdamQuad& quad) {
   for (int i = 0; i < kQuad; ++i) {
     const float error = quad.weight[i] - code_weight<kFormat>(quad_code<kFormat>(codes, i), step, tables);
@@ -166,12 +181,13 @@ USAF_HD void carry_error_quad(const AdamScalars& scalars, uint64_t codes, float 
   }
 }
 
-// `value`: that of a Dynamic8.
+// `value`: that of a Dynamic8Lookup.
 USAF_HD void decode_moments_quad(const float (&value)[256], uint32_t codes, float absmax, float (&moment)[kQuad]) {
   for (int i = 0; i < kQuad; ++i) moment[i] = value[(codes >> 8 * i) & 0xffu] * absmax;
 }
 
-USAF_HD uint32_t encode_moments_quad(const Dynamic8& map, const float (&moment)[kQuad], float inverse) {
+template <bool kSigned>
+USAF_HD uint32_t encode_moments_quad(const Dynamic8Lookup<kSigned>& map, const float (&moment)[kQuad], float inverse) {
   uint32_t codes = 0;
   for (int i = 0; i < kQuad; ++i) codes |= dynamic8_encode(map, moment[i] * inverse) << 8 * i;
   return codes;

@@ -22,6 +22,25 @@ USAF_HD Bf16 to_bf16(float value) {
   return Bf16{static_cast<uint16_t>(is_nan ? quiet_nan : rounded)};
 }
 
+// Several in words, the first of each two in the low half. NVIDIA GPUs from sm_80 on have an instruction for two, whose
+// only difference is that it makes every NaN the same one.
+template <int kPairs>
+USAF_HD void to_bf16_pairs(const float (&value)[2 * kPairs], uint32_t (&pairs)[kPairs]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  bool is_nan = false;
+  for (int i = 0; i < 2 * kPairs; ++i) is_nan |= value[i] != value[i];
+  if (!is_nan) {
+    for (int i = 0; i < kPairs; ++i) {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(value[2 * i + 1]), "f"(value[2 * i]));
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < kPairs; ++i) {
+    pairs[i] = to_bf16(value[2 * i]).bits | static_cast<uint32_t>(to_bf16(value[2 * i + 1]).bits) << 16;
+  }
+}
+
 // Stochastic rounding: up with a probability equal to the discarded fraction. The low 16 bits of `random` decide.
 USAF_HD Bf16 to_bf16_stochastic(float value, uint32_t random) {
   const uint32_t bits = float_bits(value);

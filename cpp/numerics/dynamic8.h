@@ -11,6 +11,8 @@
 // that drifts, so it is not followed. A block with a NaN or an infinity has that as its absmax: it decodes to no
 // number.
 #pragma once
+#include <bit>
+#include <cmath>
 #include <cstdint>
 
 #include "block_scale.h"
@@ -66,6 +68,63 @@ USAF_HD uint32_t dynamic8_encode(const Dynamic8& map, float normalized) {
   uint32_t code = 0;
   for (uint32_t bit = 128; bit != 0; bit >>= 1) code += normalized > map.bound[code + bit - 1] ? bit : 0u;
   return code;
+}
+
+// dynamic8_encode as two lookups, for GPUs, which keep the tables in shared memory. Numbers with the same leading bits
+// share a bin, and no bin holds more than one positive bound: those below a bin's smallest number are passed, and one
+// compare is left. Negative numbers mirror it, since bound[126 - i] is -bound[127 + i] in the signed map.
+template <bool kSigned>
+struct Dynamic8Lookup {
+  static constexpr int kZero = kSigned ? 127 : 0;                       // the code of 0
+  static constexpr int kShift = kSigned ? 17 : 16;                      // 64 or 128 bins an octave
+  static constexpr float kSmallest = 1.0f / 8388608.0f;                 // 2^-23 is below every positive bound
+  static constexpr float kLowest = kSigned ? -0.99999994f : kSmallest;  // what is below has code 0 too
+  static constexpr uint32_t kFirstBin = (127u - 23u) << (23 - kShift), kLastBin = 127u << (23 - kShift);  // that of 1
+
+  float value[256];
+  float bound[257];                          // those of Dynamic8 between two infinities
+  uint8_t passed[kLastBin - kFirstBin + 4];  // positive bounds below a bin; three bytes to fill up a word
+};
+
+template <bool kSigned>
+constexpr Dynamic8Lookup<kSigned> make_dynamic8_lookup(const Dynamic8& map) {
+  using Lookup = Dynamic8Lookup<kSigned>;
+  Lookup lookup{};
+  for (int i = 0; i < 256; ++i) lookup.value[i] = map.value[i];
+  for (int i = 0; i < 255; ++i) lookup.bound[i + 1] = map.bound[i];
+  lookup.bound[0] = -__builtin_huge_valf();
+  lookup.bound[256] = __builtin_huge_valf();
+  int passed = 0;
+  for (uint32_t bin = Lookup::kFirstBin; bin <= Lookup::kLastBin; ++bin) {
+    const auto smallest = std::bit_cast<float>(bin << Lookup::kShift);
+    while (lookup.bound[Lookup::kZero + passed + 1] < smallest) ++passed;
+    lookup.passed[bin - Lookup::kFirstBin] = static_cast<uint8_t>(passed);
+  }
+  return lookup;
+}
+
+template <bool kSigned>
+constexpr bool dynamic8_lookup_fits(const Dynamic8Lookup<kSigned>& lookup) {
+  constexpr uint32_t kBins = Dynamic8Lookup<kSigned>::kLastBin - Dynamic8Lookup<kSigned>::kFirstBin + 1;
+  bool fits = lookup.passed[0] == 0;
+  for (uint32_t i = 1; i < kBins; ++i) fits = fits && lookup.passed[i] - lookup.passed[i - 1] <= 1;
+  for (int i = 0; kSigned && i < 127; ++i) fits = fits && lookup.bound[127 - i] == -lookup.bound[128 + i];
+  return fits;
+}
+
+inline constexpr auto kDynamic8SignedLookup = make_dynamic8_lookup<true>(kDynamic8Signed);
+inline constexpr auto kDynamic8UnsignedLookup = make_dynamic8_lookup<false>(kDynamic8Unsigned);
+static_assert(dynamic8_lookup_fits(kDynamic8SignedLookup) && dynamic8_lookup_fits(kDynamic8UnsignedLookup));
+static_assert(sizeof(kDynamic8SignedLookup) == 3528 && sizeof(kDynamic8UnsignedLookup) == 5000);
+
+template <bool kSigned>
+USAF_HD uint32_t dynamic8_encode(const Dynamic8Lookup<kSigned>& lookup, float normalized) {
+  using Lookup = Dynamic8Lookup<kSigned>;
+  const float x = fminf(fmaxf(normalized, Lookup::kLowest), 1.0f);  // NaN becomes the lowest: code 0, as above
+  const uint32_t bin = float_bits(kSigned ? fmaxf(fabsf(x), Lookup::kSmallest) : x) >> Lookup::kShift;
+  const int32_t sign = kSigned ? static_cast<int32_t>(float_bits(x)) >> 31 : 0;  // -1 or 0
+  const int32_t code = Lookup::kZero + (lookup.passed[bin - Lookup::kFirstBin] ^ sign);
+  return static_cast<uint32_t>(code + (x > lookup.bound[code + 1] ? 1 : 0));
 }
 
 }  // namespace usaf

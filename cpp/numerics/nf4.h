@@ -7,8 +7,10 @@
 // formula. The first weight of a pair stands in the high nibble; nibbles and bytes past the row's end are 0. A block of
 // zeros has absmax 0 and code 7. A block with a NaN or an infinity has that as its absmax, so it decodes to no number.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
+#include "float_bits.h"
 #include "host_device.h"
 
 // One list for every backend: host and device tables are initialised from it.
@@ -89,6 +91,14 @@ constexpr Nf4Lookup make_nf4_lookup() {
 
 inline constexpr Nf4Lookup kNf4Lookup = make_nf4_lookup();
 static_assert(kNf4Lookup.base[15] == 15, "every bound has a bin of its own");
+
+// For GPUs, with the table in shared memory: a bin is a bank, so no two lanes conflict. The maximum changes no code
+// of a block's weights; with it NaN and numbers below -1, which blocks that are not finite hold, get code 0 as above.
+USAF_HD uint32_t nf4_encode(const Nf4Lookup& lookup, float normalized) {
+  const float x = fminf(fmaxf(normalized, -1.0f), kNf4LookupMax);
+  const uint32_t bin = float_bits(x + kNf4LookupShift) & 31u;
+  return lookup.base[bin] + (x > lookup.bound[bin] ? 1u : 0u);
+}
 
 // Stochastic rounding to one of the two neighbouring codes, the upper one with probability (x - low) / (high - low):
 // unbiased between them. `uniform` is in [0, 1). A bisection over the table, in the same style.
