@@ -1,12 +1,15 @@
 // Masked Adam on AMD GPUs: formulas in numerics/adam.h, residual.h and dynamic8.h, one lane's part in adam_quad.h.
 //
 // Written for RDNA2 (wave32), right on any wave size. A workgroup owns whole rows (up to 32, fewer where that would
-// leave units idle) and lies along one of them at a time, four weights a lane, so that row addresses are scalar work
+// leave units idle), one in every gridDim.x, since inactive rows are neighbours: an expert's. It lies along one of them
+// at a time, four weights a lane, so that row addresses are scalar work
 // and fp32 moves in 16-byte accesses that are contiguous over the wave; every load of a lane starts before the first is
 // used. One lane a row computes the row's AdamScalars, since double precision is slow here, and alone reads and writes
 // the row's step. A block's absmax is found among its 16 lanes; that of 256 moments of 8 bits among 64, two waves that
 // meet in LDS.
 // Bytes a weight: grad's 2 or 4, twice master's 2 or 4 or residual's 1, moments 16 or 4, codes 1 to 4.
+#include <algorithm>
+
 #include "gpu/masked_adam_launch.h"
 #include "kernel_api.h"
 #include "launch.h"
@@ -17,8 +20,11 @@
 namespace usaf::gpu {
 namespace {
 
-constexpr int kLanesPerUnit = 2048;  // resident on a unit at once
-constexpr int kMaxRows = 32;         // of a workgroup
+constexpr int kLanesPerUnit = 2048;  // resident on a unit at once, at most: the registers of most variants allow half
+// Of a workgroup. Rows are few, so that several workgroups follow each other on a unit and even out what differs; but
+// with fewer, what each prepares (1 us) would show.
+constexpr int kMinRows = 4, kMaxRows = 32;
+constexpr int kGroupsInTurn = 4;
 constexpr int kHalf = 32, kMaxHalves = kMaxThreads / kHalf, kBlockLanes = kBlockSize / kQuad;
 static_assert(kMinThreads == kMomentBlock / kQuad);
 
@@ -159,7 +165,7 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
   [[maybe_unused]] Either master = {};
   [[maybe_unused]] Pack residuals = {};
   Moment exp_avg = {}, exp_avg_sq = {};
-  uint64_t old_codes = 0;
+  QuadCodes<kFormat> old_codes = 0;
   [[maybe_unused]] typename ScaleOf<kFormat>::type old_scale = {};
   if (count > 0) {
     grad = Either::load<kWide, 2>(row.grad, col, grad_f32, count);
@@ -207,7 +213,7 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
       row.scales[col / kBlockSize] = scale;
     }
   }
-  uint64_t codes;
+  QuadCodes<kFormat> codes;
   if (!kHasMaster && !kHasResidual && args.stochastic) {
     const Random4 random = random_quad(args.seed, row_step.step, row.first_element + col);
     codes = encode_quad<kFormat>(quad.weight, inverse, &random, count, nf4);
@@ -215,8 +221,8 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
     codes = encode_quad<kFormat>(quad.weight, inverse, nullptr, count, nf4);
   }
   if (count > 0) {  // bytes past the row's end keep what they hold
-    const uint64_t flipped = (codes ^ old_codes) & quad_code_mask<kFormat>(count);
-    difference |= static_cast<uint32_t>(flipped | flipped >> 32);
+    const QuadCodes<kFormat> flipped = (codes ^ old_codes) & quad_code_mask<kFormat>(count);
+    difference |= static_cast<uint32_t>(flipped) | static_cast<uint32_t>(uint64_t{flipped} >> 32);
     store_codes<kFormat>(row.codes + code_at, old_codes ^ flipped);
   }
   if constexpr (kHasResidual) {
@@ -230,8 +236,19 @@ __device__ __forceinline__ uint32_t step_weights(const MaskedAdamArgs& args, con
   return difference;
 }
 
+// The workgroup's r-th row. The same for every lane, but the compiler is not to find out how one row's addresses follow
+// from another's: it would keep each of them in vector registers.
+__device__ __forceinline__ int64_t row_of(int r) {
+  const uint32_t row = blockIdx.x + static_cast<uint32_t>(r) * gridDim.x;
+#if defined(__HIP_DEVICE_COMPILE__)
+  return static_cast<uint32_t>(__builtin_amdgcn_readfirstlane(static_cast<int>(row)));
+#else
+  return row;
+#endif
+}
+
 template <bool kWide, Format kFormat, AdamMode kMode, bool kMoments8>
-__global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs args, int rows_per_group) {
+__global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs args) {
   __shared__ RowStep row_steps[kMaxRows];
   __shared__ Nf4Tables nf4;
   __shared__ Maps maps;
@@ -243,24 +260,24 @@ __global__ void __launch_bounds__(kMaxThreads) masked_adam_kernel(MaskedAdamArgs
     copy_table(maps.exp_avg_sq, kExpAvgSqMap, thread, threads);
   }
   const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
-  const int64_t first = int64_t{blockIdx.x} * rows_per_group;
-  const int64_t left = args.num_rows - first;
-  const int rows = left < rows_per_group ? static_cast<int>(left) : rows_per_group;
-  if (thread < rows) {
+  const int64_t mine = blockIdx.x + int64_t{thread} * gridDim.x;
+  if (thread < kMaxRows && mine < args.num_rows) {
     RowStep prepared = {};
-    if (!args.active || args.active[first + thread]) {
-      prepared.step = args.step[first + thread] + 1;
+    if (!args.active || args.active[mine]) {
+      prepared.step = args.step[mine] + 1;
       prepared.scalars = adam_scalars(args.lr, args.beta1, args.beta2, args.eps, args.weight_decay, prepared.step);
-      args.step[first + thread] = prepared.step;  // nothing but this lane reads it
+      args.step[mine] = prepared.step;  // nothing but this lane reads it
     }
     row_steps[thread] = prepared;
   }
   __syncthreads();
   uint32_t difference = 0;
   int turn = 0;
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0;; ++r) {
+    const int64_t at = row_of(r);
+    if (at >= args.num_rows) break;
     if (row_steps[r].step == 0) continue;
-    const Row<kFormat, kMode> row(args, first + r);
+    const Row<kFormat, kMode> row(args, at);
     for (int64_t start = 0; start < args.cols; start += int64_t{threads} * kQuad) {
       const int64_t col = start + thread * kQuad;
       const int count = quad_count(col, args.cols);
@@ -294,11 +311,12 @@ void masked_adam(const MaskedAdamArgs& args, void* stream) {
   int threads = kMinThreads;
   while (threads < kMaxThreads && int64_t{threads} * kQuad < args.cols) threads *= 2;
   const int64_t resident = int64_t{multiprocessors()} * kLanesPerUnit / threads;
-  const AdamGrid grid = adam_grid(args.num_rows, resident, kMaxRows, kMaxGridX);
+  const int64_t rows = std::clamp<int64_t>(args.num_rows / (kGroupsInTurn * resident), kMinRows, kMaxRows);
+  const AdamGrid grid = adam_grid(args.num_rows, resident, rows, kMaxGridX);
   with_adam_kernel(args, [&]<Format kFormat, AdamMode kMode, bool kMoments8>() {
     with_wide(rows_are_aligned(args), [&]<bool kWide>() {
       launch("masked_adam", masked_adam_kernel<kWide, kFormat, kMode, kMoments8>, dim3(grid.groups),
-             dim3(static_cast<unsigned>(threads)), stream, args, grid.rows_per_group);
+             dim3(static_cast<unsigned>(threads)), stream, args);
     });
   });
 }

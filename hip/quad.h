@@ -68,14 +68,14 @@ __device__ __forceinline__ void store_four(uint8_t* __restrict__ target, const P
 
 // The codes of a quad. A row's codes end in padding, so a quad's are there even where the row ends inside it.
 template <Format kFormat>
-__device__ __forceinline__ uint64_t load_codes(const uint8_t* __restrict__ source) {
+__device__ __forceinline__ QuadCodes<kFormat> load_codes(const uint8_t* __restrict__ source) {
   if constexpr (is_nf4(kFormat)) return *reinterpret_cast<const uint16_t*>(source);
   if constexpr (kFormat == Format::bf16) return *reinterpret_cast<const uint64_t*>(source);
   return *reinterpret_cast<const uint32_t*>(source);
 }
 
 template <Format kFormat>
-__device__ __forceinline__ void store_codes(uint8_t* __restrict__ target, uint64_t codes) {
+__device__ __forceinline__ void store_codes(uint8_t* __restrict__ target, QuadCodes<kFormat> codes) {
   if constexpr (is_nf4(kFormat)) {
     *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(codes);
   } else if constexpr (kFormat == Format::bf16) {

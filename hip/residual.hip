@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t stride = code_bytes(kFormat, cols), blocks = num_blocks(kFormat, cols);
   for (int64_t first = int64_t{blockIdx.y} * kRows; first < num_rows; first += int64_t{gridDim.y} * kRows) {
     Pack values[kRows];
-    uint64_t packed[kRows];
+    QuadCodes<kFormat> packed[kRows];
     typename ScaleOf<kFormat>::type scale[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
