@@ -14,6 +14,7 @@
 #include "launch.h"
 #include "numerics/block_codec.h"
 #include "pack.h"
+#include "quad.h"
 #include "with_format.h"
 
 namespace usaf::gpu {
@@ -68,10 +69,12 @@ __device__ __forceinline__ uint32_t block_magnitude(const Pack& pack) {
   return largest;
 }
 
-template <Format kFormat, class T>
-__device__ __forceinline__ uint32_t code_of(float weight, float inverse) {
+template <Format kFormat>
+__device__ __forceinline__ uint32_t code_of(float weight, float inverse, const Nf4Lookup& nf4) {
   if constexpr (kFormat == Format::bf16) {
     return to_bf16(weight).bits;
+  } else if constexpr (is_nf4(kFormat)) {
+    return nf4_encode(nf4, weight * inverse);
   } else {
     return BlockCodec<kFormat>::encode(weight * inverse);
   }
@@ -87,6 +90,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * L::kPack;
   const int64_t stride = code_bytes(kFormat, cols), blocks = num_blocks(kFormat, cols);
   const int64_t start = col * C::kBits / 8;
+  __shared__ Nf4Lookup nf4;
+  if constexpr (is_nf4(kFormat)) {
+    copy_table(nf4, kNf4.lookup, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+    __syncthreads();
+  }
   for (int64_t first = int64_t{blockIdx.y} * kRows; first < num_rows; first += int64_t{gridDim.y} * kRows) {
     Pack pack[kRows] = {};
     if (col < cols) {
@@ -111,7 +119,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       } else {
 #pragma unroll
         for (int i = 0; i < L::kPack; ++i) {
-          const uint32_t code = code_of<kFormat, T>(weight_of<T>(pack[r], i), inverse);
+          const uint32_t code = code_of<kFormat>(weight_of<T>(pack[r], i), inverse, nf4);
           packed.word[C::word(i)] |= (col + i < cols ? code : 0u) << C::shift(i);
         }
       }
@@ -158,12 +166,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   using C = PackCodes<kFormat, T>;
   __shared__ float table[16];
   if constexpr (is_nf4(kFormat)) {
-    if (threadIdx.x < 16) {
-      float value = 0.0f;
-#pragma unroll
-      for (unsigned code = 0; code < 16; ++code) value = threadIdx.x == code ? nf4_value(code) : value;
-      table[threadIdx.x] = value;
-    }
+    if (threadIdx.x < 16) table[threadIdx.x] = kNf4.value[threadIdx.x];
     __syncthreads();
   }
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * L::kPack;
