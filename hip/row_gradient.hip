@@ -98,9 +98,9 @@ __device__ __forceinline__ void gradient_tile(const Product<T>& product, int64_t
   }
 }
 
-// How many of the ascending values are below `bound`. Uniform over the workgroup: scalar work.
-__device__ __forceinline__ int64_t count_below(const int32_t* __restrict__ values, int64_t count, int64_t bound) {
-  int64_t low = 0;
+// How many of the ascending values are below `bound`, given that `low` are. Uniform over the workgroup: scalar work.
+__device__ __forceinline__ int64_t count_below(const int32_t* __restrict__ values, int64_t low, int64_t count,
+                                               int64_t bound) {
   while (low < count) {
     const int64_t middle = (low + count) / 2;
     if (values[middle] < bound) {
@@ -152,8 +152,8 @@ __global__ void __launch_bounds__(kTileThreads)
     if (begin == end) continue;
     const Product<T> product =
         product_of(x, grad_out, grad_gate_up, weighted_h, matrix, begin - offsets[0], end - begin, hidden_size, width);
-    const int64_t first = count_below(neuron_expert, num_neurons, first_expert + expert);
-    const int64_t last = count_below(neuron_expert, num_neurons, first_expert + expert + 1);
+    const int64_t first = count_below(neuron_expert, 0, num_neurons, first_expert + expert);
+    const int64_t last = count_below(neuron_expert, first, num_neurons, first_expert + expert + 1);
     for (int64_t neuron = first + blockIdx.z * kNeurons; neuron < last; neuron += int64_t{gridDim.z} * kNeurons) {
       const int64_t staged_neuron = neuron + threadIdx.x % kNeurons;
       const int64_t mine = staged_neuron < last ? neuron_index[staged_neuron] : -1;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
         const double value = static_cast<double>(weight_of<T>(pack, i));
-        sum += value * value;
+        sum = fma(value, value, sum);  // the square is exact, so this rounds as often as sum + value * value
       }
     }
 #pragma unroll

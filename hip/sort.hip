@@ -6,7 +6,8 @@
 // the lanes with the same expert. Their population is what the chunk's count grows by, the lower ones are the pair's
 // rank. Between the two passes over the pairs the counts become prefixes over the chunks. Every cell has one writer: no
 // atomics, any number of experts, and the order of the pairs is kept. All groups of a workgroup run the same number of
-// rounds, so that a wave of 64 never splits at a ballot.
+// rounds, so that a wave of 64 never splits at a ballot. The experts of four rounds are read together: only the counts
+// are read round by round.
 // Bytes: 16 a pair read, 8 written, and 12 for each of the counts.
 #include <bit>
 #include <limits>
@@ -21,6 +22,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kGroup = 32;
 constexpr int kGroups = kThreads / kGroup;
+constexpr int kRounds = 4;  // of a group, whose pairs are read together
 
 __device__ __forceinline__ int group_lane() { return static_cast<int>(threadIdx.x % kGroup); }
 __device__ __forceinline__ int64_t group_id() { return int64_t{blockIdx.x} * kGroups + threadIdx.x / kGroup; }
@@ -42,11 +44,24 @@ __device__ __forceinline__ uint32_t peers_of(int expert, int bits) {
   return peers;
 }
 
-// The expert of a pair, or num_experts: "not here", or past the end.
-__device__ __forceinline__ int expert_of(const int64_t* __restrict__ index, int64_t pair, int64_t num_pairs,
-                                         int64_t num_experts) {
-  const int64_t expert = pair < num_pairs ? index[pair] : num_experts;
-  return static_cast<int>(expert >= 0 && expert < num_experts ? expert : num_experts);
+// The experts of the lane's pairs first + lane, first + kGroup + lane, ..; num_experts: "not here", or past the end.
+__device__ __forceinline__ void load_experts(const int64_t* __restrict__ index, int64_t first, int64_t end,
+                                             int64_t num_experts, int (&experts)[kRounds]) {
+  int64_t expert[kRounds];
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t pair = first + round * kGroup + group_lane();
+    expert[round] = index[pair < end ? pair : 0];
+  }
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const bool here = first + round * kGroup + group_lane() < end && expert[round] >= 0 && expert[round] < num_experts;
+    experts[round] = static_cast<int>(here ? expert[round] : num_experts);
+  }
+}
+
+__device__ __forceinline__ int64_t chunk_end(int64_t begin, int64_t chunk_pairs, int64_t num_pairs) {
+  return begin + chunk_pairs < num_pairs ? begin + chunk_pairs : num_pairs;
 }
 
 // `bits`: of num_experts, the largest number of an expert here.
@@ -59,11 +74,16 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t e = group_lane(); e < num_experts; e += kGroup) mine[e] = 0;
   }
   __threadfence_block();  // what the other lanes of the group wrote
-  for (int64_t first = begin; first < begin + chunk_pairs; first += kGroup) {
-    const int expert = expert_of(index, first + group_lane(), num_pairs, num_experts);
-    const uint32_t peers = peers_of(expert, bits);
-    if (expert < num_experts && (peers & ((1u << group_lane()) - 1u)) == 0) mine[expert] += __popc(peers);
-    __threadfence_block();
+  const int64_t end = chunk_end(begin, chunk_pairs, num_pairs);
+  for (int64_t first = begin; first < begin + chunk_pairs; first += kGroup * kRounds) {
+    int experts[kRounds];
+    load_experts(index, first, end, num_experts, experts);
+#pragma unroll
+    for (const int expert : experts) {
+      const uint32_t peers = peers_of(expert, bits);
+      if (expert < num_experts && (peers & ((1u << group_lane()) - 1u)) == 0) mine[expert] += __popc(peers);
+      __threadfence_block();
+    }
   }
 }
 
@@ -121,20 +141,28 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = group_id() * chunk_pairs;
   int32_t* mine = counts + group_id() * num_experts;
   const int placed = offsets[num_experts];
-  for (int64_t first = begin; first < begin + chunk_pairs; first += kGroup) {
-    const int64_t pair = first + group_lane();
-    const int expert = expert_of(index, pair, num_pairs, num_experts);
-    const bool here = expert < num_experts;
-    const uint32_t peers = peers_of(expert, bits), before = peers & ((1u << group_lane()) - 1u);
-    const bool leads = here && before == 0;
-    const int earlier = __shfl(leads ? mine[expert] : 0, __ffs(static_cast<int>(peers)) - 1, kGroup);
-    if (leads) mine[expert] = earlier + __popc(peers);
-    __threadfence_block();
-    if (pair >= num_pairs) continue;
-    const int position = here ? offsets[expert] + earlier + __popc(before) : -1;
-    inverse[pair] = position;
-    if (here) source[position] = static_cast<int32_t>(pair);
-    if (pair >= placed) source[pair] = -1;  // past what any pair is placed at
+  const int64_t end = chunk_end(begin, chunk_pairs, num_pairs);
+  for (int64_t first = begin; first < begin + chunk_pairs; first += kGroup * kRounds) {
+    int experts[kRounds], starts[kRounds];
+    load_experts(index, first, end, num_experts, experts);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) starts[round] = offsets[experts[round]];
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int64_t pair = first + round * kGroup + group_lane();
+      const int expert = experts[round];
+      const bool here = expert < num_experts;
+      const uint32_t peers = peers_of(expert, bits), before = peers & ((1u << group_lane()) - 1u);
+      const bool leads = here && before == 0;
+      const int earlier = __shfl(leads ? mine[expert] : 0, __ffs(static_cast<int>(peers)) - 1, kGroup);
+      if (leads) mine[expert] = earlier + __popc(peers);
+      __threadfence_block();
+      if (pair >= end) continue;
+      const int position = here ? starts[round] + earlier + __popc(before) : -1;
+      inverse[pair] = position;
+      if (here) source[position] = static_cast<int32_t>(pair);
+      if (pair >= placed) source[pair] = -1;  // past what any pair is placed at
+    }
   }
 }
 

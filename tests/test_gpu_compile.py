@@ -231,6 +231,8 @@ def test_hip_rounds_as_written(hip):
                 assert not others, f"{arch} {name}: {others}"
                 # A correctly rounded division is five of them and v_div_fmas, a root two (fp32) or seven (fp64);
                 # nothing else may be fused.
+                if "squares_kernel" in name:  # squares of fp32 are exact in fp64: fused or not is the same
+                    fused = [i for i in fused if not i.startswith("v_fma_f64")]
                 for bits, root, fused_a_root in (("f32", r"v_(s_)?sqrt_f32", 2), ("f64", "v_rsq_f64", 7)):
                     divisions = sum(i.startswith(f"v_div_fmas_{bits}") for i in instructions)
                     roots = sum(re.match(root, i) is not None for i in instructions)
