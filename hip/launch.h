@@ -16,10 +16,13 @@ namespace usaf::gpu {
 
 inline constexpr int64_t kMaxGridY = USAF_MAX_GRID_Y;
 
-// `name` says in the message which kernel failed. Kernels take their arguments by value.
+// `name` says in the message which kernel failed: from HIP 7.0 on the last error stays until it is taken, so what an
+// earlier call left is taken first. If the device is lost, the launch has that error too. Kernels take their arguments
+// by value.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream,
             const Arguments&... arguments) {
+  static_cast<void>(hipGetLastError());
   hipLaunchKernelGGL(kernel, grid, block, 0, static_cast<hipStream_t>(stream), arguments...);
   const hipError_t error = hipGetLastError();
   if (error != hipSuccess) throw DeviceError(std::string(name) + ": HIP launch failed: " + hipGetErrorString(error));
