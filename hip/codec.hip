@@ -70,7 +70,7 @@ __device__ __forceinline__ uint32_t block_magnitude(const Pack& pack) {
 }
 
 template <Format kFormat>
-__device__ __forceinline__ uint32_t code_of(float weight, float inverse, const Nf4Lookup& nf4) {
+__device__ __forceinline__ uint32_t code_of(float weight, float inverse, const Nf4Lookup<64>& nf4) {
   if constexpr (kFormat == Format::bf16) {
     return to_bf16(weight).bits;
   } else if constexpr (is_nf4(kFormat)) {
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * L::kPack;
   const int64_t stride = code_bytes(kFormat, cols), blocks = num_blocks(kFormat, cols);
   const int64_t start = col * C::kBits / 8;
-  __shared__ Nf4Lookup nf4;
+  __shared__ Nf4Lookup<64> nf4;
   if constexpr (is_nf4(kFormat)) {
     copy_table(nf4, kNf4.lookup, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
     __syncthreads();

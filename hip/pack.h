@@ -142,16 +142,6 @@ void with_wide(bool wide, const Body& body) {
   wide ? body.template operator()<true>() : body.template operator()<false>();
 }
 
-// bf16 has no scales; its kernels take a pointer that they do not use.
-template <Format kFormat>
-struct ScaleOf {
-  using type = typename BlockCodec<kFormat>::Scale;
-};
-template <>
-struct ScaleOf<Format::bf16> {
-  using type = float;
-};
-
 // body(T{}) with T = float, Bf16 or F16.
 template <class Body>
 void with_type(DType dtype, const Body& body) {
