@@ -52,10 +52,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
+// Rows of out without a pair become zeros: a workgroup looks at every source of its share, four at a time.
 template <bool kWide, class T>
 __global__ void __launch_bounds__(kMaxThreads)
-    permute_kernel(const T* __restrict__ x, const int32_t* __restrict__ inverse, T* __restrict__ out,
-                   int64_t num_tokens, int64_t hidden_size, int64_t top_k) {
+    permute_kernel(const T* __restrict__ x, const int32_t* __restrict__ source, const int32_t* __restrict__ inverse,
+                   T* __restrict__ out, int64_t num_rows, int64_t num_tokens, int64_t hidden_size, int64_t top_k) {
   const int64_t col = column(Layout<T>::kPack);
   if (col >= hidden_size) return;
   for (int64_t first = int64_t{blockIdx.y} * kRows; first < num_tokens; first += int64_t{gridDim.y} * kRows) {
@@ -71,6 +72,16 @@ __global__ void __launch_bounds__(kMaxThreads)
         const int64_t row = inverse[(first + r) * top_k + k];
         if (row >= 0) store_weights<kWide>(out + row * hidden_size, col, hidden_size, pack[r]);
       }
+    }
+  }
+  for (int64_t first = int64_t{blockIdx.y} * kRows; first < num_rows; first += int64_t{gridDim.y} * kRows) {
+    int32_t pair[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) pair[r] = source[row_or_last(first + r, num_rows)];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (first + r >= num_rows || pair[r] >= 0) continue;
+      store_weights<kWide>(out + (first + r) * hidden_size, col, hidden_size, Pack{});
     }
   }
 }
@@ -302,12 +313,10 @@ void permute_rows(const PermuteRowsArgs& a, void* stream) {
   if (a.num_rows == 0 || a.hidden_size == 0) return;
   with_type(a.dtype, [&]<class T>(T) {
     const int64_t row_bytes = a.hidden_size * int64_t{sizeof(T)};
-    launch_zero_rows<T>("permute_rows", a.source, a.out, a.num_rows, a.hidden_size, stream);
-    if (a.num_tokens == 0) return;
-    const LaunchShape shape = launch_shape(kRows, a.num_tokens, packs_of(row_bytes));
+    const LaunchShape shape = launch_shape(kRows, std::max<int64_t>(a.num_tokens, 1), packs_of(row_bytes));
     with_wide(aligned(a.x, row_bytes) && aligned(a.out, row_bytes), [&]<bool kWide>() {
       launch("permute_rows", permute_kernel<kWide, T>, shape.grid, shape.block, stream, static_cast<const T*>(a.x),
-             a.inverse, static_cast<T*>(a.out), a.num_tokens, a.hidden_size, a.top_k);
+             a.source, a.inverse, static_cast<T*>(a.out), a.num_rows, a.num_tokens, a.hidden_size, a.top_k);
     });
   });
 }

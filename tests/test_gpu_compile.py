@@ -287,6 +287,15 @@ def test_hip_loads_run_together(hip):
     assert seen == set(HIP_LOADS_IN_FLIGHT)
 
 
+@pytest.mark.parametrize(("asked", "chips"), [("gfx1031", "gfx1030;gfx1031"), ("gfx1030", "gfx1030")])
+def test_rdna2_chips_come_with_gfx1030(asked, chips, tmp_path):
+    """PyTorch's ROCm packages have no gfx1031; with HSA_OVERRIDE_GFX_VERSION=10.3.0 it reports gfx1030."""
+    script = REPO / "cpp/cmake/hip_compiler.cmake"
+    options = [f"-DUSAF_HIPCC={compiler('hipcc')}", f"-DUSAF_HIP_ARCHITECTURES={asked}"]
+    output = run(["cmake", *options, "-P", str(script)], tmp_path)
+    assert f" for {chips}\n" in output, output
+
+
 @pytest.mark.parametrize("source", [*HIP_SOURCES, HIP_DEVICE], ids=lambda path: path.name)
 def test_hip_compiles_under_nvcc(source, tmp_path):
     command = [compiler("nvcc"), "-x", "cu", "-std=c++20", "-fmad=false", "-arch=sm_90", "-Werror=all-warnings"]

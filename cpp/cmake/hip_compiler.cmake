@@ -3,6 +3,8 @@
 # in   USAF_HIPCC, USAF_HIP_ARCHITECTURES (empty: every chip of usaf_hip_all_chips that the compiler knows)
 # out  usaf_hip_command: a compiler and its first arguments; usaf_hip_chips
 #
+# With any chip of RDNA2 comes gfx1030. PyTorch's ROCm packages and rocBLAS have code for no other: a gfx1031 (RX 6750 XT)
+# runs with HSA_OVERRIDE_GFX_VERSION=10.3.0, and then the runtime asks our library for gfx1030, too.
 # ROCm's hipcc knows them all. Debian's knows gfx1030 and gfx1031; Debian's clang++-19 knows the others too, given device
 # libraries that name them (hip_device_libs.py).
 set(usaf_hip_all_chips gfx1030 gfx1031 gfx1100 gfx1101 gfx1102 gfx1151 gfx1200 gfx1201)
@@ -24,6 +26,10 @@ endfunction()
 set(usaf_hip_chips ${USAF_HIP_ARCHITECTURES})
 if(NOT usaf_hip_chips)
   set(usaf_hip_chips ${usaf_hip_all_chips})
+endif()
+if(usaf_hip_chips MATCHES "gfx103[1-6]" AND NOT "gfx1030" IN_LIST usaf_hip_chips)
+  list(PREPEND usaf_hip_chips gfx1030)
+  message(STATUS "HIP: gfx1030 too, which chips of RDNA2 are taken for under HSA_OVERRIDE_GFX_VERSION=10.3.0")
 endif()
 set(usaf_hip_command "${CMAKE_COMMAND}" -E env HIP_PLATFORM=amd "${USAF_HIPCC}")
 usaf_hip_knows(usaf_hip_known "${usaf_hip_chips}" ${usaf_hip_command})
