@@ -91,6 +91,14 @@ def test_empty_work_launches_nothing(library):
     library.free()
 
 
+@pytest.mark.parametrize("library", ["hip_wave32"], indirect=True)
+def test_an_earlier_error_is_not_the_launchs(library):
+    case = codec.Case("nf4", "f32", 1, 64)
+    library.native.leave_an_error()
+    codec.run_encode(library, case, codec.sample_weights(case))
+    library.free()
+
+
 def test_failed_launch_is_an_error(library):
     case = codec.Case("nf4", "f32", 1, 64)
     library.native.fail_next_launch(98)
