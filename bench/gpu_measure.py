@@ -1,15 +1,15 @@
 """Every op and the paged expert layer on one device, most telling cases first, until the time is over.
 
-    python bench/gpu_bench.py --out FOLDER [--device cuda] [--seconds 240] [--only REGEX] [--size gpu|bench|test]
+    python bench/gpu_measure.py --out FOLDER [--device cuda] [--seconds 240] [--only REGEX] [--size gpu|bench|test]
 
-Writes FOLDER/bench.json after each case. Used by bench/gpu.sh, which makes the report.
+Adds to FOLDER/bench.json, after each case, what it does not have yet. gpu_bench.py starts it, again if it breaks down.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
-import json
 import logging
 import os
 import re
@@ -18,18 +18,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import BENCH_SHAPE, QWEN3_30B_LAYER, TEST_SHAPE, OpShape, Work
-from device_timing import measure
+from device_timing import measure, synchronize
 from environment import environment
+from gpu_bench import BROKEN, read, write
 from op_cases import OP_CASES
 from paging_work import Paging
 from pairing import Copy
-from tables import Measurement, rows_of
+from tables import rows_of
 from usaf_ext.devices import resolve_device
 
-logger = logging.getLogger("gpu_bench")
+logger = logging.getLogger("gpu_measure")
 
 FIRST = (
     "decode_nf4_bf16",
@@ -51,6 +53,7 @@ LARGE_MEMORY = 32 << 30  # bytes of a device from which the larger size is used
 COPY_BYTES = {"gpu": 1 << 30, "bench": 256 << 20, "test": 1 << 20}
 CACHE_BYTES = 256 << 20  # more than any GPU's last cache: works that take turns touch this much together
 MOST_WORKS = 4
+HANGS_AFTER = 60  # seconds that no case takes on a GPU
 
 LARGE_SHAPE = replace(BENCH_SHAPE, layer=QWEN3_30B_LAYER.with_(num_tokens=16384), rows=131072, trained=65536)
 # Shape of the ops; tokens of the paged layer's steps.
@@ -101,42 +104,56 @@ def cases(device: torch.device, size: str) -> Iterator[tuple[str, Callable[[], l
             yield name, lambda name=name: _op_works(OP_CASES[name], shape)
 
 
-def _write(out: Path, result: dict) -> None:
-    (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+def _answers(device: torch.device) -> bool:
+    """Whether the device still works. After an illegal access, say, it fails whatever this process asks of it."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def run(device: torch.device, size: str, seconds: float, only: str, rounds: int, out: Path) -> int:
-    """Measure, writing after each case; how many failed."""
+    """Measure what bench.json does not have yet. Exit code: 0, 1 if cases failed, BROKEN if no more can run here."""
     start = time.monotonic()
-    command = "python " + " ".join(sys.argv)
-    head = environment(device, command, COPY_BYTES[size], os.getloadavg()[0])
-    copy = _copy_on(device, COPY_BYTES[size])
-    measured: list[Measurement] = []
-    failed: dict[str, str] = {}
+    earlier = read(out)
+    rows: list[dict[str, Any]] = earlier.get("rows", [])
+    failed: dict[str, str] = earlier.get("failed", {})
+    done = {row["case"] for row in rows} | set(failed)
     left_out: list[str] = []
-    result = {**head, "size": size, "rows": [], "failed": failed, "left_out": left_out}
+    head = environment(device, "python " + " ".join(sys.argv), COPY_BYTES[size], os.getloadavg()[0])
+    result = {**head, "size": size, "rows": rows, "failed": failed, "left_out": left_out, "running": None}
+    copy = _copy_on(device, COPY_BYTES[size])
     for name, build in cases(device, size):
-        if not re.search(only, name):
+        if name in done or not re.search(only, name):
             continue
         if time.monotonic() - start > seconds:
             left_out.append(name)
             continue
+        write(out, {**result, "running": name})
+        if device.type == "cuda":
+            faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
+        works: list[Work] = []
         try:
             works = build()
             against = copy if works[0].moved and name != "copies" else None
-            measured.append(measure(name, works, device, against, rounds))
+            rows += rows_of([measure(name, works, device, against, rounds)])
         except Exception as error:  # the other cases are still worth having
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             logger.exception("%s failed", name)
-        works = []  # frees the device's memory
+        if not _answers(device):
+            failed.setdefault(name, "the device answered no more after it")
+            write(out, result)
+            return BROKEN
+        write(out, result)
+        faulthandler.cancel_dump_traceback_later()
+        works.clear()  # frees the device's memory
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        result["rows"] = rows_of(measured)
-        _write(out, result)
         logger.info("%s: %.1f s so far", name, time.monotonic() - start)
-    _write(out, result)
-    return len(failed)
+    write(out, result)
+    return 1 if failed else 0
 
 
 def main() -> int:
@@ -152,11 +169,10 @@ def main() -> int:
     try:
         device = resolve_device(arguments.device, "--device")
     except ValueError as error:
-        print(f"gpu_bench: {error}", file=sys.stderr)
+        print(f"gpu_measure: {error}", file=sys.stderr)
         return 2
     size = arguments.size or _size_for(device)
-    failed = run(device, size, arguments.seconds, arguments.only, arguments.rounds, arguments.out)
-    return 1 if failed else 0
+    return run(device, size, arguments.seconds, arguments.only, arguments.rounds, arguments.out)
 
 
 if __name__ == "__main__":

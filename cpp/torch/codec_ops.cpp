@@ -26,7 +26,7 @@ float weight_limit(Format format) { return format == Format::nf4_f16 ? kF16Max :
 
 bool within(const Tensor& values, float limit) {
   if (values.numel() == 0) return true;
-  const auto [low, high] = at::aminmax(values);                          // a NaN wins both
+  const auto [low, high] = at::aminmax(values);                         // a NaN wins both
   const Tensor ends = at::stack({low, high}).to(at::kCPU, at::kFloat);  // together: the host waits for a GPU once
   const float* end = ends.const_data_ptr<float>();
   return -limit <= end[0] && end[1] <= limit;
