@@ -90,7 +90,7 @@ def test_stream_and_empty_work(device):
     assert device.native.launches() == before
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("device", ["cuda", "hip_wave32"], indirect=True)
 def test_a_gather_is_five_launches(device):
     """Four of the sort; the permute zeroes the rows without a pair itself, wherever they are."""
     before = device.native.launches()
