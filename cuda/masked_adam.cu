@@ -258,8 +258,7 @@ __device__ __forceinline__ RowStep prepare_row(const MaskedAdamArgs& args, int64
 }
 
 template <Format kFormat, AdamMode kMode, bool kMoments8>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    masked_adam_kernel(MaskedAdamArgs args, int rows_per_block, bool wide) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) masked_adam_kernel(MaskedAdamArgs args, bool wide) {
   __shared__ Shared shared;
   __shared__ SharedMaps maps;
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
@@ -271,9 +270,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   const float grad_scale = args.grad_scale ? *args.grad_scale : 1.0f;
   const int64_t chunks = num_moment_blocks(args.cols);
-  const int64_t first = int64_t{blockIdx.x} * rows_per_block, left = args.num_rows - first;
-  const int rows = left < rows_per_block ? static_cast<int>(left) : rows_per_block;
-  if (thread < rows) shared.row[thread] = prepare_row(args, first + thread);
+  // A block's rows lie apart, since inactive rows are neighbours: an expert's.
+  const auto row_of = [](int r) { return blockIdx.x + int64_t{r} * gridDim.x; };
+  const int rows = static_cast<int>((args.num_rows - 1 - blockIdx.x) / gridDim.x) + 1;
+  if (thread < rows) shared.row[thread] = prepare_row(args, row_of(thread));
   __syncthreads();
   uint32_t difference = 0;
   int row = 0;
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     while (row < rows && chunk >= chunks) chunk -= chunks, ++row;
     if (row == rows) break;
     if (shared.row[row].step == 0) continue;
-    const Chunk<kFormat, kMode, kMoments8> work{args, shared, maps, shared.row[row], first + row, grad_scale, wide};
+    const Chunk<kFormat, kMode, kMoments8> work{args, shared, maps, shared.row[row], row_of(row), grad_scale, wide};
     difference |= work.run(chunk * kMomentBlock + lane * kQuad);
   }
   if (args.changed && difference != 0) *args.changed = 1;
@@ -294,7 +294,7 @@ void masked_adam(const MaskedAdamArgs& args, void* stream) {
   const AdamGrid grid = adam_grid(args.num_rows, int64_t{multiprocessors()} * kBlocksPerSm, kMaxRows, kMaxGridX);
   with_adam_kernel(args, [&]<Format kFormat, AdamMode kMode, bool kMoments8>() {
     launch("masked_adam", masked_adam_kernel<kFormat, kMode, kMoments8>, dim3(grid.groups), dim3(kThreads), stream,
-           args, grid.rows_per_group, rows_are_aligned(args));
+           args, rows_are_aligned(args));
   });
 }
 
