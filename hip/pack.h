@@ -73,35 +73,41 @@ __device__ __forceinline__ uint32_t packed_word(const float (&weight)[Layout<T>:
 template <bool kWide, class T>
 __device__ __forceinline__ Pack load_weights(const T* __restrict__ row, int64_t col, int64_t cols) {
   constexpr int kPack = Layout<T>::kPack;
-  if constexpr (kWide) return load_wide(row + col);
-  Pack pack = {};
+  if constexpr (kWide) {
+    return load_wide(row + col);
+  } else {
+    Pack pack = {};
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    int64_t at = col + i;
-    USAF_OPAQUE(at);
-    if (at >= cols) continue;
-    if constexpr (sizeof(T) == 4) {
-      pack.word[i] = float_bits(row[at]);
-    } else {
-      pack.word[i / 2] |= static_cast<uint32_t>(row[at].bits) << (i % 2 * 16);
+    for (int i = 0; i < kPack; ++i) {
+      int64_t at = col + i;
+      USAF_OPAQUE(at);
+      if (at >= cols) continue;
+      if constexpr (sizeof(T) == 4) {
+        pack.word[i] = float_bits(row[at]);
+      } else {
+        pack.word[i / 2] |= static_cast<uint32_t>(row[at].bits) << (i % 2 * 16);
+      }
     }
+    return pack;
   }
-  return pack;
 }
 
 template <bool kWide, class T>
 __device__ __forceinline__ void store_weights(T* __restrict__ row, int64_t col, int64_t cols, const Pack& pack) {
   constexpr int kPack = Layout<T>::kPack;
-  if constexpr (kWide) return store_wide(row + col, pack);
+  if constexpr (kWide) {
+    store_wide(row + col, pack);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kPack; ++i) {
-    int64_t at = col + i;
-    USAF_OPAQUE(at);
-    if (at >= cols) continue;
-    if constexpr (sizeof(T) == 4) {
-      row[at] = bits_float(pack.word[i]);
-    } else {
-      row[at] = T{static_cast<uint16_t>(pack.word[i / 2] >> (i % 2 * 16))};
+    for (int i = 0; i < kPack; ++i) {
+      int64_t at = col + i;
+      USAF_OPAQUE(at);
+      if (at >= cols) continue;
+      if constexpr (sizeof(T) == 4) {
+        row[at] = bits_float(pack.word[i]);
+      } else {
+        row[at] = T{static_cast<uint16_t>(pack.word[i / 2] >> (i % 2 * 16))};
+      }
     }
   }
 }
