@@ -3,9 +3,9 @@
 // One lane moves 16 bytes of weights at a time (a "pack": 4 fp32 or 8 of 16 bits), so a block of 64 weights is 16 or 8
 // neighbouring lanes, which find its absmax with shuffles. A pack's codes are 2 to 16 bytes, read or written at once. A
 // thread block is blockDim.x packs of a row wide and blockDim.y rows high, and each thread starts the loads of four
-// rows before it uses the first. NF4 decoding looks codes up in a shared table: 16 entries in 16 banks, so no two lanes
-// ever conflict. Bytes moved: per weight its own 2 or 4, and code_bytes + scale_bytes * num_blocks per row; the codec
-// is bandwidth-bound.
+// rows before it uses the first. NF4 looks values and codes up in shared tables: 16 or 32 entries, each in a bank of
+// its own, so no two lanes ever conflict. Bytes moved: per weight its own 2 or 4, and code_bytes + scale_bytes *
+// num_blocks per row; the codec is bandwidth-bound.
 #include <type_traits>
 
 #include "gpu/alignment.h"
@@ -13,6 +13,7 @@
 #include "launch.h"
 #include "numerics/block_codec.h"
 #include "pack.h"
+#include "shared_tables.h"
 #include "with_format.h"
 
 namespace usaf::gpu {
@@ -74,9 +75,27 @@ __device__ __forceinline__ constexpr int shift_of(int i) {
   return is_nf4(kFormat) ? nf4_shift(i) : i * static_cast<int>(code_bits(kFormat)) % 32;
 }
 
-__device__ __forceinline__ int64_t indexed(const int64_t* index, int64_t row) {
-  return index ? __ldg(index + row) : row;
-}
+// A thread's rows of a turn: blockDim.y apart. What can be is 32-bit arithmetic.
+struct RowsInFlight {
+  int64_t mine;
+  int left;
+
+  __device__ __forceinline__ RowsInFlight(int64_t first, int64_t num_rows) : mine(first + threadIdx.y) {
+    const int64_t rest = num_rows - mine;
+    left = static_cast<int>(rest < kRowsInFlight * kThreads ? rest : kRowsInFlight * kThreads);
+  }
+  __device__ __forceinline__ bool has(int j) const { return j * static_cast<int>(blockDim.y) < left; }
+  // Row j, or what `index` has for it; -1 where there is none.
+  __device__ __forceinline__ void find(const int64_t* index, int64_t (&row)[kRowsInFlight]) const {
+#pragma unroll
+    for (int j = 0; j < kRowsInFlight; ++j) row[j] = has(j) ? mine + j * static_cast<int>(blockDim.y) : -1;
+    if (!index) return;
+#pragma unroll
+    for (int j = 0; j < kRowsInFlight; ++j) {
+      if (has(j)) row[j] = __ldg(index + row[j]);
+    }
+  }
+};
 
 // The scale of the block that this lane's pack is part of. All lanes of a warp come here together: the shuffles need
 // every one.
@@ -92,10 +111,30 @@ __device__ __forceinline__ typename BlockCodec<kFormat>::Scale block_scale(const
   return BlockCodec<kFormat>::make_scale(bits_float(largest));
 }
 
-// Codes and scale of one pack of one row.
+// Where a thread writes of row 0, and what: nothing (null) past the row's end or where another lane has the block.
+template <Format kFormat>
+struct EncodeTarget {
+  uint8_t* codes;
+  typename ScaleOf<kFormat>::type* scale;
+  uint32_t used;  // bits of NF4's codes within the row; other formats' codes of the zeros past its end are 0
+};
+
 template <Format kFormat, class T>
-__device__ __forceinline__ void encode_pack(uint4 pack, const EncodeRowsArgs& args, int64_t row, int64_t col,
-                                            bool live) {
+__device__ __forceinline__ EncodeTarget<kFormat> encode_target(const EncodeRowsArgs& args, int64_t col) {
+  EncodeTarget<kFormat> target = {};
+  const int64_t start = col * code_bits(kFormat) / 8, left = args.cols - col;
+  if (start < code_bytes(kFormat, args.cols)) target.codes = args.codes + start;
+  if (kFormat != Format::bf16 && left > 0 && col % kBlockSize == 0) {
+    target.scale = static_cast<typename ScaleOf<kFormat>::type*>(args.absmax) + col / kBlockSize;
+  }
+  target.used = nf4_mask(static_cast<int>(left < 0 ? 0 : left < kPack<T> ? left : 8));
+  return target;
+}
+
+// Codes and scale of one pack of one row; `row` is negative where there is none.
+template <Format kFormat, class T>
+__device__ __forceinline__ void encode_pack(uint4 pack, const EncodeTarget<kFormat>& target, int64_t row, int64_t cols,
+                                            const Nf4Lookup<64>& lookup) {
   Codes codes = {};
   if constexpr (kFormat == Format::bf16 && std::is_same_v<T, Bf16>) {
     codes = {{pack.x, pack.y, pack.z, pack.w}};
@@ -106,51 +145,64 @@ __device__ __forceinline__ void encode_pack(uint4 pack, const EncodeRowsArgs& ar
     if constexpr (kFormat != Format::bf16) {
       const auto scale = block_scale<kFormat, T>(weight);
       inverse = inverse_step(BlockCodec<kFormat>::step(scale));
-      if (live && col < args.cols && col % kBlockSize == 0) {
-        auto* scales = static_cast<typename BlockCodec<kFormat>::Scale*>(args.absmax);
-        scales[row * num_blocks(kFormat, args.cols) + col / kBlockSize] = scale;
-      }
+      if (row >= 0 && target.scale) target.scale[row * num_blocks(kFormat, cols)] = scale;
     }
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) {
       uint32_t code;
       if constexpr (kFormat == Format::bf16) {
         code = to_bf16(weight[i]).bits;
+      } else if constexpr (is_nf4(kFormat)) {
+        code = nf4_encode(lookup, weight[i] * inverse);
       } else {
         code = BlockCodec<kFormat>::encode(weight[i] * inverse);
       }
-      codes.word[word_of<kFormat>(i)] |= (col + i < args.cols ? code : 0u) << shift_of<kFormat>(i);
+      codes.word[word_of<kFormat>(i)] += code << shift_of<kFormat>(i);
     }
+    if constexpr (is_nf4(kFormat)) codes.word[0] &= target.used;
   }
-  const int64_t stride = code_bytes(kFormat, args.cols), start = col * code_bits(kFormat) / 8;
-  if (live && start < stride) store_codes<kCodeBytes<kFormat, T>>(args.codes + row * stride + start, codes);
+  if (row >= 0 && target.codes) {
+    store_codes<kCodeBytes<kFormat, T>>(target.codes + row * code_bytes(kFormat, cols), codes);
+  }
 }
 
 template <Format kFormat, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) encode_kernel(EncodeRowsArgs args, bool aligned) {
+  __shared__ Nf4Lookup<64> lookup;
+  if constexpr (is_nf4(kFormat)) {
+    copy_table(lookup, kNf4.lookup, threadIdx.y * blockDim.x + threadIdx.x, kThreads);
+    __syncthreads();
+  }
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
+  const EncodeTarget<kFormat> target = encode_target<kFormat, T>(args, col);
+  const bool whole = is_whole<T>(col, args.cols, aligned);
   const int64_t block_rows = int64_t{blockDim.y} * kRowsInFlight;
   for (int64_t first = blockIdx.y * block_rows; first < args.num_rows; first += gridDim.y * block_rows) {
-    uint4 pack[kRowsInFlight];
-    int64_t target[kRowsInFlight];
+    const RowsInFlight rows(first, args.num_rows);
+    const T* weight = static_cast<const T*>(args.weight) + rows.mine * args.weight_stride;
+    const int64_t between = blockDim.y * args.weight_stride;
+    uint4 pack[kRowsInFlight] = {};
+    if (whole) {
 #pragma unroll
-    for (int j = 0; j < kRowsInFlight; ++j) {
-      const int64_t row = first + j * blockDim.y + threadIdx.y;
-      const bool live = row < args.num_rows;
-      const T* weight = static_cast<const T*>(args.weight) + row * args.weight_stride;
-      target[j] = live ? indexed(args.row_index, row) : -1;
-      pack[j] = live ? load_pack(weight, col, args.cols, aligned) : make_uint4(0, 0, 0, 0);
-    }
+      for (int j = 0; j < kRowsInFlight; ++j) {
+        if (rows.has(j)) pack[j] = load_pack(weight + j * between, col, args.cols, true);
+      }
+    } else {
 #pragma unroll
-    for (int j = 0; j < kRowsInFlight; ++j) {
-      encode_pack<kFormat, T>(pack[j], args, target[j], col, target[j] >= 0);
+      for (int j = 0; j < kRowsInFlight; ++j) {
+        if (rows.has(j)) pack[j] = load_pack(weight + j * between, col, args.cols, false);
+      }
     }
+    int64_t to[kRowsInFlight];
+    rows.find(args.row_index, to);
+#pragma unroll
+    for (int j = 0; j < kRowsInFlight; ++j) encode_pack<kFormat, T>(pack[j], target, to[j], args.cols, lookup);
   }
 }
 
-// The weights of one pack. `table`: the values of NF4.
+// The weights of one pack. `values`: NF4's.
 template <Format kFormat, class T>
-__device__ __forceinline__ uint4 decode_pack(const Codes& codes, float step, const float* table) {
+__device__ __forceinline__ uint4 decode_pack(const Codes& codes, float step, const float (&values)[16]) {
   if constexpr (kFormat == Format::bf16 && std::is_same_v<T, Bf16>) {
     return make_uint4(codes.word[0], codes.word[1], codes.word[2], codes.word[3]);
   } else {
@@ -161,7 +213,7 @@ __device__ __forceinline__ uint4 decode_pack(const Codes& codes, float step, con
       if constexpr (kFormat == Format::bf16) {
         weight[i] = to_float(Bf16{static_cast<uint16_t>(bits)});
       } else if constexpr (is_nf4(kFormat)) {
-        weight[i] = table[bits & 15u] * step;
+        weight[i] = values[bits & 15u] * step;
       } else {
         weight[i] = BlockCodec<kFormat>::value(bits & 255u) * step;
       }
@@ -172,44 +224,38 @@ __device__ __forceinline__ uint4 decode_pack(const Codes& codes, float step, con
 
 template <Format kFormat, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode_kernel(DecodeRowsArgs args, bool aligned) {
-  __shared__ float table[16];
+  __shared__ float values[16];
   if constexpr (is_nf4(kFormat)) {
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    if (thread < 16) {
-      float value = 0.0f;
-#pragma unroll
-      for (int code = 0; code < 16; ++code) value = thread == code ? nf4_value(code) : value;
-      table[thread] = value;
-    }
+    copy_table(values, kNf4.value, threadIdx.y * blockDim.x + threadIdx.x, kThreads);
     __syncthreads();
   }
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
   if (col >= args.cols) return;
+  const bool whole = is_whole<T>(col, args.cols, aligned);
   const int64_t stride = code_bytes(kFormat, args.cols), blocks = num_blocks(kFormat, args.cols);
+  const uint8_t* first_codes = args.codes + col * code_bits(kFormat) / 8;
+  const auto* first_scale = static_cast<const typename ScaleOf<kFormat>::type*>(args.absmax) + col / kBlockSize;
   const int64_t block_rows = int64_t{blockDim.y} * kRowsInFlight;
   for (int64_t first = blockIdx.y * block_rows; first < args.num_rows; first += gridDim.y * block_rows) {
     Codes codes[kRowsInFlight];
-    float step[kRowsInFlight];
-    int64_t target[kRowsInFlight];
+    typename ScaleOf<kFormat>::type scale[kRowsInFlight];
+    int64_t source[kRowsInFlight], target[kRowsInFlight];
+    const RowsInFlight rows(first, args.num_rows);
+    rows.find(args.row_index, source);
+    rows.find(args.out_index, target);
 #pragma unroll
     for (int j = 0; j < kRowsInFlight; ++j) {
-      const int64_t row = first + j * blockDim.y + threadIdx.y;
-      target[j] = -1;
-      if (row >= args.num_rows) continue;
-      const int64_t source = indexed(args.row_index, row);
-      target[j] = indexed(args.out_index, row);
-      codes[j] = load_codes<kCodeBytes<kFormat, T>>(args.codes + source * stride + col * code_bits(kFormat) / 8);
-      if constexpr (kFormat != Format::bf16) {
-        using Scale = typename BlockCodec<kFormat>::Scale;
-        const auto* scales = static_cast<const Scale*>(args.absmax) + source * blocks;
-        step[j] = BlockCodec<kFormat>::step(load_scale(scales + col / kBlockSize));
-      }
+      if (!rows.has(j)) continue;
+      codes[j] = load_codes<kCodeBytes<kFormat, T>>(first_codes + source[j] * stride);
+      if constexpr (kFormat != Format::bf16) scale[j] = load_scale(first_scale + source[j] * blocks);
     }
 #pragma unroll
     for (int j = 0; j < kRowsInFlight; ++j) {
-      if (target[j] < 0) continue;
-      store_pack(static_cast<T*>(args.out) + target[j] * args.out_stride, col, args.cols, aligned,
-                 decode_pack<kFormat, T>(codes[j], step[j], table));
+      if (!rows.has(j)) continue;
+      float step = 1.0f;
+      if constexpr (kFormat != Format::bf16) step = BlockCodec<kFormat>::step(scale[j]);
+      store_pack(static_cast<T*>(args.out) + target[j] * args.out_stride, col, args.cols, whole,
+                 decode_pack<kFormat, T>(codes[j], step, values));
     }
   }
 }

@@ -27,6 +27,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) gather_kernel(GatherRowsArgs args, bool aligned) {
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
   if (col >= args.hidden_size) return;
+  const bool whole = is_whole<T>(col, args.hidden_size, aligned);
   const int64_t block_rows = int64_t{blockDim.y} * kInFlight;
   for (int64_t first = blockIdx.y * block_rows; first < args.num_rows; first += gridDim.y * block_rows) {
     uint4 pack[kInFlight];
@@ -37,13 +38,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) gather_kernel(GatherRo
       pack[j] = make_uint4(0, 0, 0, 0);
       if (pair < 0) continue;
       const T* from = static_cast<const T*>(args.x) + token_of(pair, args.top_k) * args.hidden_size;
-      pack[j] = load_pack(from, col, args.hidden_size, aligned);
+      pack[j] = load_pack(from, col, args.hidden_size, whole);
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
       const int64_t row = first + j * blockDim.y + threadIdx.y;
       if (row >= args.num_rows) continue;
-      store_pack(static_cast<T*>(args.out) + row * args.hidden_size, col, args.hidden_size, aligned, pack[j]);
+      store_pack(static_cast<T*>(args.out) + row * args.hidden_size, col, args.hidden_size, whole, pack[j]);
     }
   }
 }
@@ -52,6 +53,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) permute_kernel(PermuteRowsArgs args, bool aligned) {
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
   if (col >= args.hidden_size) return;
+  const bool whole = is_whole<T>(col, args.hidden_size, aligned);
   const int64_t block_rows = int64_t{blockDim.y} * kInFlight;
   for (int64_t first = blockIdx.y * block_rows; first < args.num_tokens; first += gridDim.y * block_rows) {
     uint4 pack[kInFlight];
@@ -60,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) permute_kernel(Permute
       const int64_t token = first + j * blockDim.y + threadIdx.y;
       if (token >= args.num_tokens) continue;
       const T* from = static_cast<const T*>(args.x) + token * args.hidden_size;
-      pack[j] = load_pack(from, col, args.hidden_size, aligned);
+      pack[j] = load_pack(from, col, args.hidden_size, whole);
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) permute_kernel(Permute
       for (int64_t k = 0; k < args.top_k; ++k) {
         const int64_t row = __ldg(args.inverse + token * args.top_k + k);
         if (row < 0) continue;
-        store_pack(static_cast<T*>(args.out) + row * args.hidden_size, col, args.hidden_size, aligned, pack[j]);
+        store_pack(static_cast<T*>(args.out) + row * args.hidden_size, col, args.hidden_size, whole, pack[j]);
       }
     }
   }
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   for (; empty != 0; empty &= empty - 1) {
     T* row = out + (first + __ffs(static_cast<int>(empty)) - 1) * cols;
     for (int64_t col = lane_id() * kPack<T>; col < cols; col += 32 * kPack<T>) {
-      store_pack(row, col, cols, aligned, make_uint4(0, 0, 0, 0));
+      store_pack(row, col, cols, is_whole<T>(col, cols, aligned), make_uint4(0, 0, 0, 0));
     }
   }
 }
@@ -121,6 +123,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(CombineRowsArgs args, bool aligned) {
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
   if (col >= args.hidden_size) return;
+  const bool whole = is_whole<T>(col, args.hidden_size, aligned);
   for (int64_t token = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; token < args.num_tokens;
        token += int64_t{gridDim.y} * blockDim.y) {
     float sum[kPack<T>] = {};
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(Combine
         row[j] = slot + j < args.top_k ? __ldg(args.inverse + pair) : -1;
         if (row[j] < 0) continue;
         const T* from = static_cast<const T*>(args.permuted) + row[j] * args.hidden_size;
-        pack[j] = load_pack(from, col, args.hidden_size, aligned);
+        pack[j] = load_pack(from, col, args.hidden_size, whole);
         weight[j] = load_weight(args.weights, args.weights_dtype, pair);
       }
 #pragma unroll
@@ -146,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(Combine
         for (int i = 0; i < kPack<T>; ++i) sum[i] += weight[j] * value[i];
       }
     }
-    store_pack(static_cast<T*>(args.out) + token * args.hidden_size, col, args.hidden_size, aligned, repack(sum, T{}));
+    store_pack(static_cast<T*>(args.out) + token * args.hidden_size, col, args.hidden_size, whole, repack(sum, T{}));
   }
 }
 
@@ -168,13 +171,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm - 1)  // five packs in 
         weight[j] = row[j] < 0 ? 0.0f : load_weight(args.weights, args.weights_dtype, pair + j);
       }
       for (int64_t col = threadIdx.x * kPack<T>; col < args.hidden_size; col += blockDim.x * kPack<T>) {
+        const bool whole = is_whole<T>(col, args.hidden_size, aligned);
         uint4 pack[kInFlight];
-        const uint4 grad_pack = load_pack(grad_out, col, args.hidden_size, aligned);
+        const uint4 grad_pack = load_pack(grad_out, col, args.hidden_size, whole);
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
           if (row[j] < 0) continue;
           const T* from = static_cast<const T*>(args.permuted) + row[j] * args.hidden_size;
-          pack[j] = load_pack(from, col, args.hidden_size, aligned);
+          pack[j] = load_pack(from, col, args.hidden_size, whole);
         }
         float grad[kPack<T>], value[kPack<T>];
         unpack(grad_pack, grad, T{});
@@ -186,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm - 1)  // five packs in 
           for (int i = 0; i < kPack<T>; ++i) dot[j] += grad[i] * value[i];
 #pragma unroll
           for (int i = 0; i < kPack<T>; ++i) value[i] = weight[j] * grad[i];
-          store_pack(static_cast<T*>(args.grad_permuted) + row[j] * args.hidden_size, col, args.hidden_size, aligned,
+          store_pack(static_cast<T*>(args.grad_permuted) + row[j] * args.hidden_size, col, args.hidden_size, whole,
                      repack(value, T{}));
         }
       }
@@ -222,6 +226,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     scatter_add_kernel(ScatterAddRowsArgs args, bool aligned, bool out_aligned) {
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
   if (col >= args.hidden_size) return;
+  const bool whole = is_whole<T>(col, args.hidden_size, aligned);
+  const bool out_whole = is_whole<T>(col, args.hidden_size, out_aligned);
   for (int64_t first = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; first < args.num_rows;
        first += int64_t{gridDim.y} * blockDim.y) {
     const int64_t token = token_of(__ldg(args.source + first), args.top_k);
@@ -231,21 +237,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
     for (int i = 0; i < kPack<T>; i += 4) {
       float part[4];
-      unpack(load_plain_pack(out, col + i, args.hidden_size, out_aligned), part, float{});
+      unpack(load_plain_pack(out, col + i, args.hidden_size, out_whole), part, float{});
 #pragma unroll
       for (int n = 0; n < 4; ++n) sum[i + n] = part[n];
     }
     for (int64_t row = first; row < args.num_rows; row = args.inverse ? next_row(args, token, row) : args.num_rows) {
       const float weight = load_weight(args.weights, args.weights_dtype, __ldg(args.source + row));
       float value[kPack<T>];
-      unpack(load_pack(static_cast<const T*>(args.rows) + row * args.hidden_size, col, args.hidden_size, aligned),
-             value, T{});
+      unpack(load_pack(static_cast<const T*>(args.rows) + row * args.hidden_size, col, args.hidden_size, whole), value,
+             T{});
 #pragma unroll
       for (int i = 0; i < kPack<T>; ++i) sum[i] += weight * value[i];
     }
 #pragma unroll
     for (int i = 0; i < kPack<T>; i += 4) {
-      store_pack(out, col + i, args.hidden_size, out_aligned,
+      store_pack(out, col + i, args.hidden_size, out_whole,
                  repack({sum[i], sum[i + 1], sum[i + 2], sum[i + 3]}, float{}));
     }
   }

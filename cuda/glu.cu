@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kThreads, kGluBlocksPerSm) glu_kernel(GluArgs 
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
   if (col >= width) return;
   const Halves at = halves<T, kInterleaved>(col, width);
+  const bool whole = is_whole<T>(col, width, aligned);  // and then gate and up are too
   const int64_t block_rows = int64_t{blockDim.y} * kRows;
   for (int64_t start = blockIdx.y * block_rows; start < args.num_rows; start += gridDim.y * block_rows) {
     uint4 first[kRows], second[kRows];
@@ -92,8 +93,8 @@ __global__ void __launch_bounds__(kThreads, kGluBlocksPerSm) glu_kernel(GluArgs 
       const int64_t row = start + j * blockDim.y + threadIdx.y;
       if (row >= args.num_rows) continue;
       const T* gate_up = static_cast<const T*>(args.gate_up) + row * 2 * width;
-      first[j] = load_pack(gate_up, at.first, at.end_of_first, aligned);
-      second[j] = load_pack(gate_up, at.second, at.end_of_second, aligned);
+      first[j] = load_pack(gate_up, at.first, at.end_of_first, whole);
+      second[j] = load_pack(gate_up, at.second, at.end_of_second, whole);
     }
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, kGluBlocksPerSm) glu_kernel(GluArgs 
       float h[kPack<T>];
 #pragma unroll
       for (int i = 0; i < kPack<T>; ++i) h[i] = Act::apply(value.gate[i], value.up[i]).h;
-      store_pack(static_cast<T*>(args.h) + row * width, col, width, aligned, repack(h, T{}));
+      store_pack(static_cast<T*>(args.h) + row * width, col, width, whole, repack(h, T{}));
     }
   }
 }
@@ -114,10 +115,11 @@ __device__ __forceinline__ float backward_pack(const GluBackwardArgs& args, int6
                                                bool aligned) {
   const int64_t width = args.intermediate_size;
   const Halves at = halves<T, kInterleaved>(col, width);
+  const bool whole = is_whole<T>(col, width, aligned);  // and then gate and up are too
   const T* gate_up = static_cast<const T*>(args.gate_up) + row * 2 * width;
-  const uint4 first = load_plain_pack(gate_up, at.first, at.end_of_first, aligned);
-  const uint4 second = load_plain_pack(gate_up, at.second, at.end_of_second, aligned);
-  const uint4 grad_pack = load_plain_pack(static_cast<const T*>(args.grad_h) + row * width, col, width, aligned);
+  const uint4 first = load_plain_pack(gate_up, at.first, at.end_of_first, whole);
+  const uint4 second = load_plain_pack(gate_up, at.second, at.end_of_second, whole);
+  const uint4 grad_pack = load_plain_pack(static_cast<const T*>(args.grad_h) + row * width, col, width, whole);
   Gates<T> value = unpack_gates<T, kInterleaved>(first, second, args.bias, col, width);
   float grad[kPack<T>], dot = 0.0f;
   unpack(grad_pack, grad, T{});
@@ -132,10 +134,10 @@ __device__ __forceinline__ float backward_pack(const GluBackwardArgs& args, int6
   }
   if constexpr (kInterleaved) put_together(value.gate, value.up);
   T* out = static_cast<T*>(args.grad_gate_up) + row * 2 * width;
-  store_pack(out, at.first, at.end_of_first, aligned, repack(value.gate, T{}));
-  store_pack(out, at.second, at.end_of_second, aligned, repack(value.up, T{}));
+  store_pack(out, at.first, at.end_of_first, whole, repack(value.gate, T{}));
+  store_pack(out, at.second, at.end_of_second, whole, repack(value.up, T{}));
   if (args.weighted_h) {
-    store_pack(static_cast<T*>(args.weighted_h) + row * width, col, width, aligned, repack(grad, T{}));
+    store_pack(static_cast<T*>(args.weighted_h) + row * width, col, width, whole, repack(grad, T{}));
   }
   return dot;
 }

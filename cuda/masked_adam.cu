@@ -71,16 +71,6 @@ __device__ __forceinline__ uint32_t largest_of(uint32_t value) {
   return value;
 }
 
-// The type of a format's scales as they are stored; bf16 has none.
-template <Format kFormat>
-struct ScaleOf {
-  using type = typename BlockCodec<kFormat>::Scale;
-};
-template <>
-struct ScaleOf<Format::bf16> {
-  using type = uint8_t;
-};
-
 // What one lane loads of one half.
 template <Format kFormat>
 struct Loaded {

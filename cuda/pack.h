@@ -47,15 +47,24 @@ __device__ __forceinline__ uint4 repack(const float (&weight)[8], Bf16) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-__device__ __forceinline__ uint4 repack(const float (&weight)[8], F16) {
-  uint32_t words[4];
-  to_f16_pairs(weight, words);
-  return make_uint4(words[0], words[1], words[2], words[3]);
+__device__ __forceinline__ uint32_t f16_pair(float low, float high) {
+  return to_f16(low).bits | static_cast<uint32_t>(to_f16(high).bits) << 16;  // one instruction from sm_80 on
 }
 
-// The pack at `col`; zeros past the row's end. `aligned`: rows start at multiples of 16 bytes.
-__device__ __forceinline__ uint4 load_pack(const float* row, int64_t col, int64_t cols, bool aligned) {
-  if (aligned && col + 4 <= cols) return __ldg(reinterpret_cast<const uint4*>(row + col));
+__device__ __forceinline__ uint4 repack(const float (&weight)[8], F16) {
+  return make_uint4(f16_pair(weight[0], weight[1]), f16_pair(weight[2], weight[3]), f16_pair(weight[4], weight[5]),
+                    f16_pair(weight[6], weight[7]));
+}
+
+// Whether the pack at `col` is one access. `aligned`: rows start at multiples of 16 bytes.
+template <class T>
+__device__ __forceinline__ bool is_whole(int64_t col, int64_t cols, bool aligned) {
+  return aligned && col + kPack<T> <= cols;
+}
+
+// The pack at `col`; zeros past the row's end.
+__device__ __forceinline__ uint4 load_pack(const float* row, int64_t col, int64_t cols, bool whole) {
+  if (whole) return __ldg(reinterpret_cast<const uint4*>(row + col));
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) words[i] = col + i < cols ? float_bits(__ldg(row + col + i)) : 0u;
@@ -63,8 +72,8 @@ __device__ __forceinline__ uint4 load_pack(const float* row, int64_t col, int64_
 }
 
 template <class T>
-__device__ __forceinline__ uint4 load_pack(const T* row, int64_t col, int64_t cols, bool aligned) {
-  if (aligned && col + 8 <= cols) return __ldg(reinterpret_cast<const uint4*>(row + col));
+__device__ __forceinline__ uint4 load_pack(const T* row, int64_t col, int64_t cols, bool whole) {
+  if (whole) return __ldg(reinterpret_cast<const uint4*>(row + col));
   const auto* bits = reinterpret_cast<const unsigned short*>(row);
   uint32_t words[4];
 #pragma unroll
@@ -78,8 +87,8 @@ __device__ __forceinline__ uint4 load_pack(const T* row, int64_t col, int64_t co
 
 // load_pack of memory that the kernel itself writes.
 template <class T>
-__device__ __forceinline__ uint4 load_plain_pack(const T* row, int64_t col, int64_t cols, bool aligned) {
-  if (aligned && col + kPack<T> <= cols) return *reinterpret_cast<const uint4*>(row + col);
+__device__ __forceinline__ uint4 load_plain_pack(const T* row, int64_t col, int64_t cols, bool whole) {
+  if (whole) return *reinterpret_cast<const uint4*>(row + col);
   uint32_t words[4] = {};
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) {
@@ -93,8 +102,8 @@ __device__ __forceinline__ uint4 load_plain_pack(const T* row, int64_t col, int6
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-__device__ __forceinline__ void store_pack(float* row, int64_t col, int64_t cols, bool aligned, uint4 pack) {
-  if (aligned && col + 4 <= cols) {
+__device__ __forceinline__ void store_pack(float* row, int64_t col, int64_t cols, bool whole, uint4 pack) {
+  if (whole) {
     *reinterpret_cast<uint4*>(row + col) = pack;
     return;
   }
@@ -106,8 +115,8 @@ __device__ __forceinline__ void store_pack(float* row, int64_t col, int64_t cols
 }
 
 template <class T>
-__device__ __forceinline__ void store_pack(T* row, int64_t col, int64_t cols, bool aligned, uint4 pack) {
-  if (aligned && col + 8 <= cols) {
+__device__ __forceinline__ void store_pack(T* row, int64_t col, int64_t cols, bool whole, uint4 pack) {
+  if (whole) {
     *reinterpret_cast<uint4*>(row + col) = pack;
     return;
   }

@@ -18,15 +18,17 @@ namespace {
 constexpr int kRowsInFlight = 4;
 
 // `values`: residuals to decode, or weights to encode.
+template <Format kFormat>
 struct Loaded {
   uint4 values;
-  uint64_t codes;
-  float step;
+  QuadCodes<kFormat> codes;
+  typename ScaleOf<kFormat>::type scale;
 };
 
 template <Format kFormat, bool kDecode>
-__device__ __forceinline__ Loaded load(const ResidualArgs& args, int64_t row, int64_t col, int count, bool wide) {
-  Loaded in = {};
+__device__ __forceinline__ Loaded<kFormat> load(const ResidualArgs& args, int64_t row, int64_t col, int count,
+                                                bool wide) {
+  Loaded<kFormat> in = {};
   const int64_t element = row * args.cols + col;
   if constexpr (kDecode) {
     in.values = load_four<1>(args.residual + element, count, wide);
@@ -35,22 +37,23 @@ __device__ __forceinline__ Loaded load(const ResidualArgs& args, int64_t row, in
   }
   in.codes = load_codes<kFormat>(args.codes + row * code_bytes(kFormat, args.cols) + col * code_bits(kFormat) / 8);
   if constexpr (kFormat != Format::bf16) {
-    const auto* scales = static_cast<const typename BlockCodec<kFormat>::Scale*>(args.absmax);
-    in.step = BlockCodec<kFormat>::step(scales[row * num_blocks(kFormat, args.cols) + col / kBlockSize]);
+    const auto* scales = static_cast<const typename ScaleOf<kFormat>::type*>(args.absmax);
+    in.scale = scales[row * num_blocks(kFormat, args.cols) + col / kBlockSize];
   }
   return in;
 }
 
 template <Format kFormat, bool kDecode>
-__device__ __forceinline__ void finish(const Loaded& in, const ResidualArgs& args, const Nf4Tables& tables,
+__device__ __forceinline__ void finish(const Loaded<kFormat>& in, const ResidualArgs& args, const Nf4Tables& tables,
                                        int64_t element, int count, bool wide) {
-  float weight[kQuad];
+  float weight[kQuad], step = 1.0f;
+  if constexpr (kFormat != Format::bf16) step = BlockCodec<kFormat>::step(in.scale);
   if constexpr (kDecode) {
-    decode_quad<kFormat, AdamMode::residual>(in.codes, in.values.x, in.step, tables, weight);
+    decode_quad<kFormat, AdamMode::residual>(in.codes, in.values.x, step, tables, weight);
     store_four<4>(args.weight + element, repack(weight, float{}), count, wide);
   } else {
     unpack(in.values, weight, float{});
-    const uint32_t residuals = encode_residual_quad<kFormat>(weight, in.codes, in.step, tables);
+    const uint32_t residuals = encode_residual_quad<kFormat>(weight, in.codes, step, tables);
     store_four<1>(args.residual + element, make_uint4(residuals, 0, 0, 0), count, wide);
   }
 }
@@ -67,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) residual_kernel(Residu
   const int count = quad_count(col, args.cols);
   const int64_t block_rows = int64_t{blockDim.y} * kRowsInFlight;
   for (int64_t first = blockIdx.y * block_rows; first < args.num_rows; first += gridDim.y * block_rows) {
-    Loaded in[kRowsInFlight];
+    Loaded<kFormat> in[kRowsInFlight];
 #pragma unroll
     for (int j = 0; j < kRowsInFlight; ++j) {
       const int64_t row = first + j * blockDim.y + threadIdx.y;

@@ -77,7 +77,8 @@ __device__ __forceinline__ void gradient_tile(const Args& args, const Group& gro
       uint4 pack[kInFlight];
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
-        if (first + j < count) pack[j] = load_pack(rows + (tile + first + j) * hidden, col, hidden, aligned);
+        if (first + j < count)
+          pack[j] = load_pack(rows + (tile + first + j) * hidden, col, hidden, is_whole<T>(col, hidden, aligned));
       }
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
@@ -115,13 +116,14 @@ template <class T, class G>
 __device__ __forceinline__ void add_columns(G* row, int64_t col, int64_t cols, bool aligned,
                                             const float (&sum)[kPack<T>]) {
   if constexpr (kPack<T> % kPack<G> == 0) {
+    const bool whole = is_whole<T>(col, cols, aligned);
 #pragma unroll
     for (int part = 0; part < kPack<T>; part += kPack<G>) {
       float value[kPack<G>];
-      unpack(load_plain_pack(row, col + part, cols, aligned), value, G{});
+      unpack(load_plain_pack(row, col + part, cols, whole), value, G{});
 #pragma unroll
       for (int i = 0; i < kPack<G>; ++i) value[i] += sum[part + i];
-      store_pack(row, col + part, cols, aligned, repack(value, G{}));
+      store_pack(row, col + part, cols, whole, repack(value, G{}));
     }
   } else {
 #pragma unroll
@@ -192,7 +194,9 @@ __global__ void __launch_bounds__(kTileThreads, 3) row_importance_kernel(RowImpo
           if (args.weights) {
             const int64_t row = (expert * 3 + matrix) * width + neuron + n;
             float weight[kPack<T>];
-            unpack(load_pack(static_cast<const T*>(args.weights) + row * hidden, col, hidden, aligned), weight, T{});
+            unpack(load_pack(static_cast<const T*>(args.weights) + row * hidden, col, hidden,
+                             is_whole<T>(col, hidden, aligned)),
+                   weight, T{});
 #pragma unroll
             for (int i = 0; i < kPack<T>; ++i) tile += fabsf(sum[n][i] * weight[i]);
           } else {
@@ -231,7 +235,8 @@ __global__ void __launch_bounds__(kTileThreads) squares_kernel(SquaresOfRowsArgs
     uint4 pack[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      pack[j] = load_pack(from, start + j * 32 * kPack<T>, args.cols, aligned);  // zeros past the row's end
+      const int64_t col = start + j * 32 * kPack<T>;
+      pack[j] = load_pack(from, col, args.cols, is_whole<T>(col, args.cols, aligned));  // zeros past the row's end
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {

@@ -14,6 +14,7 @@ template <class Table>
 __device__ __forceinline__ void copy_table(Table& shared, const Table& table, int thread, int threads) {
   static_assert(sizeof(Table) % sizeof(uint32_t) == 0);
   constexpr int kWords = sizeof(Table) / sizeof(uint32_t);
+#pragma unroll 4
   for (int i = thread; i < kWords; i += threads) {
     reinterpret_cast<uint32_t*>(&shared)[i] = reinterpret_cast<const uint32_t*>(&table)[i];
   }

@@ -132,16 +132,6 @@ inline bool aligned(const void* pointer, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_bytes % 16 == 0;
 }
 
-// bf16 has no scales; its kernels take a pointer that they do not use.
-template <Format kFormat>
-struct ScaleOf {
-  using type = typename BlockCodec<kFormat>::Scale;
-};
-template <>
-struct ScaleOf<Format::bf16> {
-  using type = float;
-};
-
 // body(T{}) with T = float, Bf16 or F16.
 template <class Body>
 void with_type(DType dtype, const Body& body) {

@@ -25,6 +25,8 @@ def call(function, *arguments) -> None:
 
 
 def codes_of(native: ctypes.CDLL, map: int, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if map == 2:
+        values = values[np.abs(values) < 1.001]  # a finite block's, which rounding takes just past 1
     plain, by_lookup = np.zeros(values.size, np.uint8), np.zeros(values.size, np.uint8)
     call(native.codes_of, map, values, values.size, plain, by_lookup)
     return plain, by_lookup
@@ -48,7 +50,7 @@ def test_lookups_give_the_code_of_the_bisection(native, map, codes):
     np.testing.assert_array_equal(plain, by_lookup)
     assert np.unique(plain).size == codes
     np.testing.assert_array_equal(*codes_of(native, map, edges))
-    ordered = np.sort(everywhere[np.abs(everywhere) <= 1.5])
+    ordered = np.sort(everywhere[np.abs(everywhere) <= 1.0])
     at = np.flatnonzero(np.diff(codes_of(native, map, ordered)[0].astype(np.int32)))
     for low, high in zip(ordered[at], ordered[at + 1]):  # everything between two floats with different codes
         bits = np.sort(np.array([low, high]).view(np.uint32))
@@ -56,16 +58,15 @@ def test_lookups_give_the_code_of_the_bisection(native, map, codes):
         np.testing.assert_array_equal(*codes_of(native, map, between[:4096]))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_pairs_are_rounded_to_nearest_even(native, dtype):
+def test_pairs_are_rounded_to_nearest_even(native):
     bits = np.arange(0, 2**32, 509, dtype=np.uint64).astype(np.uint32)
     halves = (np.arange(0, 1 << 16, dtype=np.uint32) << 16)[:, None] + np.array([0x7FFF, 0x8000, 0x8001], np.uint32)
     values = np.concatenate([bits, halves.reshape(-1)]).view(np.float32)
     values = values[: values.size // 8 * 8].reshape(-1, 8)
     pairs = np.zeros((values.shape[0], 4), np.uint32)
-    call(native.to_pairs, int(dtype == torch.bfloat16), values, values.shape[0], pairs)
-    got = torch.from_numpy(pairs.view(np.int16).reshape(-1)).view(dtype)
-    expected = torch.from_numpy(values.reshape(-1)).to(dtype)
+    call(native.to_pairs, values, values.shape[0], pairs)
+    got = torch.from_numpy(pairs.view(np.int16).reshape(-1)).view(torch.bfloat16)
+    expected = torch.from_numpy(values.reshape(-1)).bfloat16()
     assert torch.equal(got.isnan(), expected.isnan())
     numbers = ~expected.isnan()
     assert torch.equal(got[numbers].view(torch.int16), expected[numbers].view(torch.int16))

@@ -22,7 +22,7 @@ static_assert(kQuad == kRandomsPerGroup);
 // is cheap, and a constant array inside a function would lie in local memory.
 struct Nf4Tables {
   float value[16], gap[16];
-  Nf4Lookup lookup;
+  Nf4Lookup<64> lookup;
 };
 
 constexpr Nf4Tables make_nf4_tables() {
@@ -31,7 +31,7 @@ constexpr Nf4Tables make_nf4_tables() {
     tables.value[code] = nf4_value(code);
     tables.gap[code] = nf4_gap(code);
   }
-  tables.lookup = kNf4Lookup;
+  tables.lookup = kNf4Lookup64;
   return tables;
 }
 

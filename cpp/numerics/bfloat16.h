@@ -28,7 +28,10 @@ template <int kPairs>
 USAF_HD void to_bf16_pairs(const float (&value)[2 * kPairs], uint32_t (&pairs)[kPairs]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   bool is_nan = false;
-  for (int i = 0; i < 2 * kPairs; ++i) is_nan |= value[i] != value[i];
+  for (int i = 0; i < kPairs; ++i) {
+    const float low = value[2 * i], high = value[2 * i + 1];
+    is_nan |= !(low <= high || low > high);  // one test for both
+  }
   if (!is_nan) {
     for (int i = 0; i < kPairs; ++i) {
       asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(value[2 * i + 1]), "f"(value[2 * i]));

@@ -67,4 +67,14 @@ struct BlockCodec<Format::fp8> {
   USAF_HD static float value(uint32_t code) { return fp8_decode(code); }
 };
 
+// What kernels of every format declare. bf16 has no scales, and its kernels use nothing of the type.
+template <Format kFormat>
+struct ScaleOf {
+  using type = typename BlockCodec<kFormat>::Scale;
+};
+template <>
+struct ScaleOf<Format::bf16> {
+  using type = float;
+};
+
 }  // namespace usaf

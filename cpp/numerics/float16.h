@@ -64,18 +64,6 @@ USAF_HD F16 to_f16(float value) {
 #endif
 }
 
-// Several in words, the first of each two in the low half.
-template <int kPairs>
-USAF_HD void to_f16_pairs(const float (&value)[2 * kPairs], uint32_t (&pairs)[kPairs]) {
-  for (int i = 0; i < kPairs; ++i) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(value[2 * i + 1]), "f"(value[2 * i]));
-#else
-    pairs[i] = to_f16(value[2 * i]).bits | static_cast<uint32_t>(to_f16(value[2 * i + 1]).bits) << 16;
-#endif
-  }
-}
-
 // The smallest binary16 that is at least `value`; `value` is not negative.
 USAF_HD F16 to_f16_up(float value) {
   const F16 nearest = to_f16(value);

@@ -7,7 +7,6 @@
 // formula. The first weight of a pair stands in the high nibble; nibbles and bytes past the row's end are 0. A block of
 // zeros has absmax 0 and code 7. A block with a NaN or an infinity has that as its absmax, so it decodes to no number.
 #pragma once
-#include <cmath>
 #include <cstdint>
 
 #include "float_bits.h"
@@ -40,6 +39,13 @@ USAF_HD constexpr float nf4_value(int i) {
 USAF_HD constexpr int nf4_shift(int i) { return 4 * (i ^ 1); }
 static_assert(nf4_shift(0) == 4 && nf4_shift(1) == 0 && nf4_shift(2) == 12 && nf4_shift(3) == 8);
 
+// The nibbles of the first `count` weights of a pack of 8.
+USAF_HD constexpr uint32_t nf4_mask(int count) {
+  if (count >= 8) return 0xffffffffu;
+  return (1u << 4 * (count & 6)) - 1u + (count & 1 ? 0xf0u << 4 * (count & 6) : 0u);
+}
+static_assert(nf4_mask(0) == 0 && nf4_mask(1) == 0xf0u && nf4_mask(2) == 0xffu && nf4_mask(7) == 0xf0ffffffu);
+
 // `normalized` = w * inverse_step(absmax). A bisection over the bounds: four compares and selects, no memory read,
 // no branch. Written as selects of values, which every compiler vectorises; logic on bools it does not.
 USAF_HD uint32_t nf4_encode(float normalized) {
@@ -59,12 +65,14 @@ USAF_HD uint32_t nf4_encode(float normalized) {
   return (x > t3 ? 8u : 0u) + (x > t2 ? 4u : 0u) + (x > t1 ? 2u : 0u) + (x > t0 ? 1u : 0u);
 }
 
-// nf4_encode as a table lookup, for machines with a fast one: of the 33 bins around the multiples of 1/16, none holds
-// more than one bound, so a weight's bin leaves one compare. min(x, kNf4LookupMax) + kNf4LookupShift rounds to a
-// multiple of 1/16 whose low 5 bits are the bin; the minimum changes no code and keeps 1 out of the bin of -1.
+// nf4_encode as a table lookup, for machines with a fast one: of the bins around the multiples of 1/16, none holds more
+// than one bound, so a weight's bin leaves one compare. Adding kNf4LookupShift rounds to a multiple of 1/16 whose low
+// bits are the bin. 1 and -1 are 32 bins apart: with 32 of them min(x, kNf4LookupMax) is taken first, which changes no
+// code.
+template <int kBins>
 struct Nf4Lookup {
-  uint32_t base[32];  // the code below the bin's bound
-  float bound[32];    // infinite where the bin has none
+  uint32_t base[kBins];  // the code below the bin's bound
+  float bound[kBins];    // infinite where the bin has none
 };
 
 inline constexpr float kNf4LookupMax = 0.9375f;
@@ -75,29 +83,30 @@ constexpr int nf4_bin_of_bound(int i) {
   return static_cast<int>(sixteenths) - 16;
 }
 
-constexpr Nf4Lookup make_nf4_lookup() {
-  Nf4Lookup lookup{};
+template <int kBins>
+constexpr Nf4Lookup<kBins> make_nf4_lookup() {
+  Nf4Lookup<kBins> lookup{};
   uint32_t code = 0;
-  for (int bin = -16; bin < 16; ++bin) {
-    lookup.base[bin & 31] = code;
-    lookup.bound[bin & 31] = __builtin_huge_valf();
+  for (int bin = -kBins / 2; bin < kBins / 2; ++bin) {
+    lookup.base[bin & (kBins - 1)] = code;
+    lookup.bound[bin & (kBins - 1)] = __builtin_huge_valf();
     if (code < 15 && nf4_bin_of_bound(static_cast<int>(code)) == bin) {
-      lookup.bound[bin & 31] = nf4_threshold(static_cast<int>(code));
+      lookup.bound[bin & (kBins - 1)] = nf4_threshold(static_cast<int>(code));
       ++code;
     }
   }
   return lookup;
 }
 
-inline constexpr Nf4Lookup kNf4Lookup = make_nf4_lookup();
-static_assert(kNf4Lookup.base[15] == 15, "every bound has a bin of its own");
+inline constexpr auto kNf4Lookup32 = make_nf4_lookup<32>();
+inline constexpr auto kNf4Lookup64 = make_nf4_lookup<64>();
+static_assert(kNf4Lookup32.base[15] == 15 && kNf4Lookup64.base[16] == 15, "every bound has a bin of its own");
 
-// For GPUs, with the table in shared memory: a bin is a bank, so no two lanes conflict. The maximum changes no code
-// of a block's weights; with it NaN and numbers below -1, which blocks that are not finite hold, get code 0 as above.
-USAF_HD uint32_t nf4_encode(const Nf4Lookup& lookup, float normalized) {
-  const float x = fminf(fmaxf(normalized, -1.0f), kNf4LookupMax);
-  const uint32_t bin = float_bits(x + kNf4LookupShift) & 31u;
-  return lookup.base[bin] + (x > lookup.bound[bin] ? 1u : 0u);
+// For GPUs, with the table in shared memory, where of the bins that occur only those of 1 and -1 share a bank. Of a
+// block that is not finite any code may come.
+USAF_HD uint32_t nf4_encode(const Nf4Lookup<64>& lookup, float normalized) {
+  const uint32_t bin = float_bits(normalized + kNf4LookupShift) & 63u;
+  return lookup.base[bin] + (normalized > lookup.bound[bin] ? 1u : 0u);
 }
 
 // Stochastic rounding to one of the two neighbouring codes, the upper one with probability (x - low) / (high - low):

@@ -2,7 +2,6 @@
 #include "gpu/masked_adam_launch.h"
 #include "numerics/bfloat16.h"
 #include "numerics/dynamic8.h"
-#include "numerics/float16.h"
 #include "numerics/nf4.h"
 
 using namespace usaf;
@@ -18,13 +17,13 @@ void codes_of(int64_t map, const float* values, int64_t count, uint8_t* plain, u
                                           : nf4_encode(x),
                                map == 0   ? dynamic8_encode(kDynamic8SignedLookup, x)
                                : map == 1 ? dynamic8_encode(kDynamic8UnsignedLookup, x)
-                                          : nf4_encode(kNf4Lookup, x)};
+                                          : nf4_encode(kNf4Lookup64, x)};
     plain[i] = static_cast<uint8_t>(codes[0]), by_lookup[i] = static_cast<uint8_t>(codes[1]);
   }
 }
 
-void to_pairs(bool bf16, const float (*values)[8], int64_t count, uint32_t (*pairs)[4]) {
-  for (int64_t i = 0; i < count; ++i) bf16 ? to_bf16_pairs(values[i], pairs[i]) : to_f16_pairs(values[i], pairs[i]);
+void to_pairs(const float (*values)[8], int64_t count, uint32_t (*pairs)[4]) {
+  for (int64_t i = 0; i < count; ++i) to_bf16_pairs(values[i], pairs[i]);
 }
 
 void adam_grid(int64_t num_rows, int64_t resident, int64_t max_rows, int64_t* groups, int64_t* rows_per_group) {
