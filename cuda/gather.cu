@@ -49,6 +49,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) gather_kernel(GatherRo
   }
 }
 
+// Rows without a pair become zeros. A thread looks at the source of every row of its share, which is little beside
+// them.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) permute_kernel(PermuteRowsArgs args, bool aligned) {
   const int64_t col = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kPack<T>;
@@ -73,6 +75,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) permute_kernel(Permute
         if (row < 0) continue;
         store_pack(static_cast<T*>(args.out) + row * args.hidden_size, col, args.hidden_size, whole, pack[j]);
       }
+    }
+  }
+  const int64_t step = int64_t{gridDim.y} * blockDim.y;
+  for (int64_t first = int64_t{blockIdx.y} * blockDim.y + threadIdx.y; first < args.num_rows;
+       first += kInFlight * step) {
+    int32_t source[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      source[j] = first + j * step < args.num_rows ? __ldg(args.source + first + j * step) : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      if (source[j] >= 0) continue;
+      store_pack(static_cast<T*>(args.out) + (first + j * step) * args.hidden_size, col, args.hidden_size, whole,
+                 make_uint4(0, 0, 0, 0));
     }
   }
 }
@@ -104,11 +121,22 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (row >= 0) source[row] = static_cast<int32_t>(pair);
 }
 
-__device__ __forceinline__ float load_weight(const void* weights, DType dtype, int64_t index) {
+// A router weight's bits: a conversion next to the load would wait for it there. Null: ones.
+__device__ __forceinline__ uint32_t load_weight_bits(const void* weights, DType dtype, int64_t index) {
+  if (weights == nullptr) return 0;
+  if (dtype == DType::f32) return __ldg(static_cast<const unsigned*>(weights) + index);
+  return __ldg(static_cast<const unsigned short*>(weights) + index);
+}
+
+__device__ __forceinline__ float weight_of(uint32_t bits, const void* weights, DType dtype) {
   if (weights == nullptr) return 1.0f;
-  if (dtype == DType::f32) return __ldg(static_cast<const float*>(weights) + index);
-  const uint16_t bits = __ldg(static_cast<const unsigned short*>(weights) + index);
-  return dtype == DType::bf16 ? to_float(Bf16{bits}) : to_float(F16{bits});
+  if (dtype == DType::f32) return bits_float(bits);
+  const auto half = static_cast<uint16_t>(bits);
+  return dtype == DType::bf16 ? to_float(Bf16{half}) : to_float(F16{half});
+}
+
+__device__ __forceinline__ float load_weight(const void* weights, DType dtype, int64_t index) {
+  return weight_of(load_weight_bits(weights, dtype, index), weights, dtype);
 }
 
 __device__ __forceinline__ void store_weight(void* weights, DType dtype, int64_t index, float value) {
@@ -129,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(Combine
     float sum[kPack<T>] = {};
     for (int64_t slot = 0; slot < args.top_k; slot += kInFlight) {
       uint4 pack[kInFlight];
-      float weight[kInFlight];
+      uint32_t weight_bits[kInFlight];
       int32_t row[kInFlight];
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
@@ -138,15 +166,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(Combine
         if (row[j] < 0) continue;
         const T* from = static_cast<const T*>(args.permuted) + row[j] * args.hidden_size;
         pack[j] = load_pack(from, col, args.hidden_size, whole);
-        weight[j] = load_weight(args.weights, args.weights_dtype, pair);
+        weight_bits[j] = load_weight_bits(args.weights, args.weights_dtype, pair);
       }
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
         if (row[j] < 0) continue;
+        const float weight = weight_of(weight_bits[j], args.weights, args.weights_dtype);
         float value[kPack<T>];
         unpack(pack[j], value, T{});
 #pragma unroll
-        for (int i = 0; i < kPack<T>; ++i) sum[i] += weight[j] * value[i];
+        for (int i = 0; i < kPack<T>; ++i) sum[i] += weight * value[i];
       }
     }
     store_pack(static_cast<T*>(args.out) + token * args.hidden_size, col, args.hidden_size, whole, repack(sum, T{}));
@@ -286,9 +315,7 @@ void permute_rows(const PermuteRowsArgs& args, void* stream) {
   if (args.num_rows == 0 || args.hidden_size == 0) return;
   with_type(args.dtype, [&]<class T>(T) {
     const int64_t row_bytes = args.hidden_size * int64_t{sizeof(T)};
-    launch_zero_rows<T>("permute_rows", args.source, args.out, args.num_rows, args.hidden_size, stream);
-    if (args.num_tokens == 0) return;
-    const LaunchShape shape = launch_shape(kInFlight, args.num_tokens, (row_bytes + 15) / 16);
+    const LaunchShape shape = launch_shape(kInFlight, std::max<int64_t>(args.num_tokens, 1), (row_bytes + 15) / 16);
     launch("permute_rows", permute_kernel<T>, shape.grid, shape.block, stream, args,
            aligned(args.x, row_bytes) && aligned(args.out, row_bytes));
   });
