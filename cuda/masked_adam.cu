@@ -95,17 +95,22 @@ struct Chunk {
 
   __device__ __forceinline__ int64_t element(int64_t col) const { return row * args.cols + col; }
   __device__ __forceinline__ int count(int64_t col) const { return quad_count(col, args.cols); }
+  // Columns are never negative: divided as unsigned numbers they are shifted once.
+  __device__ __forceinline__ static uint64_t block(int64_t col) { return static_cast<uint64_t>(col) / kBlockSize; }
+  __device__ __forceinline__ static bool starts(int64_t col, int64_t size) {
+    return static_cast<uint64_t>(col) % static_cast<uint64_t>(size) == 0;
+  }
   __device__ __forceinline__ uint8_t* codes_at(int64_t col) const {
-    return args.codes + row * code_bytes(kFormat, args.cols) + col * code_bits(kFormat) / 8;
+    return args.codes + row * code_bytes(kFormat, args.cols) + static_cast<uint64_t>(col) * code_bits(kFormat) / 8;
   }
   // Of formats that have scales.
   __device__ __forceinline__ auto* scale_at(int64_t col) const {
     return static_cast<typename BlockCodec<kFormat>::Scale*>(args.absmax) + row * num_blocks(kFormat, args.cols) +
-           col / kBlockSize;
+           block(col);
   }
   // Of the whole chunk, so lanes past the row's end have one too.
   __device__ __forceinline__ float* moment_absmax_at(float* absmax, int64_t col) const {
-    return absmax + row * num_moment_blocks(args.cols) + col / kMomentBlock;
+    return absmax + row * num_moment_blocks(args.cols) + static_cast<uint64_t>(col) / kMomentBlock;
   }
   __device__ __forceinline__ float load_moment_absmax(float* absmax, int64_t col) const {
     return kMoments8 && absmax ? *moment_absmax_at(absmax, col) : 0.0f;
@@ -177,7 +182,7 @@ struct Chunk {
       const auto scale = Codec::make_scale(bits_float(largest_of<kBlockLanes>(quad_magnitude(quad.weight))));
       new_step = Codec::step(scale);
       inverse = inverse_step(new_step);
-      if (n > 0 && col % kBlockSize == 0) {
+      if (n > 0 && starts(col, kBlockSize)) {
         difference |= scale_bits(scale) ^ scale_bits(in.scale);
         *scale_at(col) = scale;
       }
@@ -212,7 +217,7 @@ struct Chunk {
     if (kMoments8 && absmax) {
       const float largest = bits_float(largest_of<kWarp>(max(quad_magnitude(first), quad_magnitude(second))));
       const float inverse = inverse_step(largest);
-      if (col % kMomentBlock == 0 && count(col) > 0) *moment_absmax_at(absmax, col) = largest;
+      if (starts(col, kMomentBlock) && count(col) > 0) *moment_absmax_at(absmax, col) = largest;
       const uint32_t low = encode_moments_quad(map, first, inverse), high = encode_moments_quad(map, second, inverse);
       store_four<1>(at(data, element(col), 1), make_uint4(low, 0, 0, 0), count(col), wide);
       store_four<1>(at(data, element(col + kHalf), 1), make_uint4(high, 0, 0, 0), count(col + kHalf), wide);

@@ -90,6 +90,26 @@ def test_stream_and_empty_work(device):
     assert device.native.launches() == before
 
 
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_a_gather_is_five_launches(device):
+    """Four of the sort; the permute zeroes the rows without a pair itself, wherever they are."""
+    before = device.native.launches()
+    gather.run_sort(device, np.zeros((300, 2), np.int64), 3)
+    assert device.native.launches() - before == 4
+    rows = np.arange(5 * 77, dtype=np.float32).reshape(5, 77)
+    inverse = np.array([[3, -1], [0, 9], [-1, -1], [7, 2], [11, -1]], np.int32)
+    source = np.full(12, -1, np.int32)
+    expected = np.zeros((12, 77), np.float32)
+    for token, slot in np.argwhere(inverse >= 0):
+        source[inverse[token, slot]] = token * 2 + slot
+        expected[inverse[token, slot]] = rows[token]
+    out = np.full_like(expected, 7)
+    sizes = {"num_rows": 12, "num_tokens": 5, "top_k": 2, "hidden_size": 77, "dtype": 0}
+    device.run("permute_rows", x=rows, source=source, inverse=inverse, out=out, **sizes)
+    np.testing.assert_array_equal(out, expected)
+    assert device.native.launches() - before == 5
+
+
 def test_failed_launch_is_an_error(device):
     index = np.zeros((2, 1), np.int64)
     device.native.fail_next_launch(98)

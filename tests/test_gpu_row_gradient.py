@@ -52,6 +52,25 @@ def test_equals_cpu_backend(device, dtype, grad_dtype):
     torch.testing.assert_close(torch.from_numpy(got), importance, rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_squares_of_any_size_are_summed_as_in_double(device, dtype):
+    """Squares that fp32 would round to 0 or infinity, subnormals, zeros, all sizes in one row, and a NaN."""
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal((10, 1030)).astype(np.float32)
+    values[1:7] *= np.array([1e-9, 1e-13, 1e-25, 1e-39, 1e19, 1e37], np.float32)[:, None]
+    values[7] *= 10.0 ** rng.uniform(-40, 37, 1030).astype(np.float32)
+    values[8, 5:] = 0
+    values[9, 700] = np.nan
+    stored = rows.to_dtype(values, dtype)
+    exact = (rows.from_dtype(stored, dtype).astype(np.float64) ** 2).sum(-1)
+    squares = np.full(10, 7.0)
+    sizes = {"num_rows": 10, "cols": 1030, "dtype": rows.DTYPES[dtype]}
+    device.run("squares_of_rows", rows=stored, squares=squares, **sizes)
+    np.testing.assert_allclose(squares, exact, rtol=1e-13)
+    assert 0 < squares[4] < 1e-73
+    assert np.isnan(squares[9])
+
+
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(9, 128), (5, 7), (1, 1), (3, 1026), (0, 4)])
 def test_router_uniform_equals_cpu_backend(device, num_tokens, num_experts):
     expected = torch.empty(num_tokens, num_experts)
