@@ -191,7 +191,10 @@ class CpuDevice final : public Device {
   }
 
   Stream create_stream() override {
-    auto stream = std::make_shared<CpuStream>();
+    // Its end waits for its worker, which a child of fork() does not have.
+    const std::shared_ptr<CpuStream> stream(new CpuStream, [this_process = getpid()](CpuStream* last) {
+      if (getpid() == this_process) delete last;
+    });
     std::lock_guard lock(mutex_);
     return streams_.emplace(stream.get(), stream).first->first;
   }
