@@ -13,6 +13,7 @@ import devices
 import pytest
 import torch
 from bnb_checkpoints import bnb_expert
+from child_processes import check_child
 from expert_layers import DTYPES, EXPERTS, FORMATS, HIDDEN, INTERMEDIATE, relative_error, routing, selection, weights
 from usaf_ext import _C
 from usaf_ext.bank import RowBank
@@ -282,3 +283,21 @@ def test_a_pager_of_another_device_than_the_threads_current_one(tmp_path, curren
     finally:
         runtime().emulated_set_devices(1)
         runtime().emulated_set_device(0)
+
+
+@emulated_only
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_a_child_drops_a_layer_and_calls_no_driver(tmp_path, tier):
+    make_store(num_layers=1).save(tmp_path / "store")
+    layers = make_layers(ExpertStore.open(tmp_path / "store", tier=tier), GPU)
+    expected = run_layer(layers[0], *case())
+    gc.collect()
+
+    def drop():
+        layers.clear()
+        gc.collect()
+
+    check_child(drop)
+    for tensor in (layers[0].bank.grad, layers[0].bank.grad_squares):
+        tensor.zero_()
+    assert all(map(devices.same_bits, run_layer(layers[0], *case()), expected))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import mmap
-import os
 import re
-import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from child_processes import check_child
 from expert_layers import EXPERTS, HIDDEN, routing, weights
 from native_memory import NativeDevice, NativePager, call
 from usaf_ext.experts import PagedExperts
@@ -67,26 +65,6 @@ def test_children_get_it_again_when_it_is_released(device):
         assert mappings(base, 8 * PAGE) == [(registrable * PAGE, "rw-", False), *kept]
         call("registration_free", registration)
         assert mappings(base, 8 * PAGE) == [(8 * PAGE, "rw-", True)]
-
-
-def check_child(work) -> None:
-    """Run `work` in a child of fork(), which must come to its end."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    until = time.monotonic() + 20
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
-        time.sleep(0.005)
-    if ended[0] == 0:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        pytest.fail("the child hangs")
-    assert ended[1] == 0
 
 
 @pytest.mark.parametrize("num_buffers", [0, 3])

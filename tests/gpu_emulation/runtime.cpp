@@ -49,6 +49,7 @@ struct Runtime {
   std::map<pid_t, int> current_device;  // by thread
   std::set<int> contexts;               // devices that were used
   int num_devices = 1;
+  const pid_t process = getpid();
   int64_t calls_elsewhere = 0;  // about a stream, event or registered memory of another device than the current one
   int64_t registration_limit = std::numeric_limits<int64_t>::max(), host_waits = 0;
   int fail_copy = 0;
@@ -97,6 +98,7 @@ int failed(int error) { return emulator::set_last_error(error), error; }
 
 // A call that needs the thread's current device. The other end, if it has a device: that.
 int use_device() {
+  if (getpid() != state().process) _exit(77);
   const int device = state().current_device[gettid()];
   state().contexts.insert(device);
   return device;

@@ -7,7 +7,8 @@
 // would wait for them. Registered memory must stay writable: where it is read-only, a copy faults.
 //
 // As in the vendors' runtimes each thread has a current device, and every error is also kept as the thread's last one,
-// to be found behind the next launch, until somebody takes it. All devices have the same memory and work alike.
+// to be found behind the next launch, until somebody takes it. All devices have the same memory and work alike. In a
+// child of fork() there is no runtime: a call ends the process.
 #pragma once
 #include <cstddef>
 
