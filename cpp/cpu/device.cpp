@@ -191,10 +191,7 @@ class CpuDevice final : public Device {
   }
 
   Stream create_stream() override {
-    // Its end waits for its worker, which a child of fork() does not have.
-    const std::shared_ptr<CpuStream> stream(new CpuStream, [this_process = getpid()](CpuStream* last) {
-      if (getpid() == this_process) delete last;
-    });
+    auto stream = std::make_shared<CpuStream>();
     std::lock_guard lock(mutex_);
     return streams_.emplace(stream.get(), stream).first->first;
   }
