@@ -117,6 +117,7 @@ class HipDevice final : public Device {
  private:
   template <class Call>
   void destroy(const Call& call) noexcept {
+    if (is_left_behind()) return;
     try {
       const Current current(index_);
       forget(call());

@@ -152,6 +152,57 @@ def test_one_host_wait_a_forward_and_none_a_backward(num_tokens):
         assert device.host_waits - before == len(layers)
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_backward_finds_its_routing_by_the_tensor_of_its_forward(strided):
+    (layer,) = make_layers(make_store(num_layers=1), GPU)
+    hidden, index, router, grad = (tensor.to(GPU) for tensor in case())
+    if strided:
+        index = index.t().contiguous().t()
+        assert not index.is_contiguous()
+    out = layer(hidden.requires_grad_(), index, router)
+    before = open_device(GPU).host_waits
+    out.backward(grad)
+    assert open_device(GPU).host_waits == before
+
+
+def test_an_expert_with_more_rows_than_a_chunk_holds():
+    """2,500 rows in each of three micro-batches: a chunk for each."""
+    store = make_store(num_layers=1)
+    cases = [case(2500, 1, seed=seed) for seed in range(3)]
+    for _, index, router, _ in cases:
+        index.fill_(1)
+        router.fill_(1.0)
+    (single,), (many,) = make_layers(store, GPU), make_layers(store, GPU)
+    expected = [run_layer(single, *arguments) for arguments in cases]
+    hidden, index, router, grad = ([tensor.to(GPU) for tensor in column] for column in zip(*cases))
+    out = torch.ops.usaf.experts_forward_many(hidden, index, router, many.native.handle, True)
+    grad_x, grad_router, _ = torch.ops.usaf.experts_backward_many(grad, hidden, index, router, many.native.handle)
+    for number, results in enumerate(expected):
+        for tensor, one in zip((out[number], grad_x[number], grad_router[number]), results):
+            assert devices.same_bits(tensor.cpu(), one)
+    assert devices.same_bits(many.bank.grad, single.bank.grad)
+
+
+@emulated_only
+def test_layers_on_several_streams_take_turns_at_the_scratch():
+    first_layer, second_layer = make_layers(make_store(num_layers=2), GPU)
+    hidden, index, router, grad = (tensor.to(GPU) for tensor in case())
+    streams = [torch.Stream(GPU) for _ in range(2)]
+    handles = [ctypes.c_void_p(stream.stream_id) for stream in streams]
+
+    def run(layer, stream):
+        with stream:
+            torch.ops.usaf.experts_forward(hidden, index, router, layer.anchor, layer.native.handle, True)
+            torch.ops.usaf.experts_backward(grad, hidden, index, router, layer.native.handle)
+
+    run(first_layer, streams[0])
+    assert runtime().emulated_waits(handles[1], handles[0]) == 0
+    run(second_layer, streams[1])
+    assert runtime().emulated_waits(handles[1], handles[0]) == 1
+    run(first_layer, streams[0])
+    assert runtime().emulated_waits(handles[0], handles[1]) == 1
+
+
 def test_experts_under_the_threshold_get_no_gradient():
     store = make_store(num_layers=1)
     (on_cpu,), (on_gpu,) = make_layers(store, "cpu"), make_layers(store, GPU)

@@ -51,6 +51,7 @@ struct Runtime {
   int num_devices = 1;
   const pid_t process = getpid();
   int64_t calls_elsewhere = 0;  // about a stream, event or registered memory of another device than the current one
+  std::map<std::pair<void*, void*>, int64_t> waits;  // of a stream for events of another
   int64_t registration_limit = std::numeric_limits<int64_t>::max(), host_waits = 0;
   int fail_copy = 0;
 };
@@ -183,6 +184,7 @@ int stream_wait(void* stream, void* event) {
   if (!is_event(event) || !is_stream(stream)) return failed(invalid_value);
   use_stream(stream);
   const auto latest = static_cast<Event*>(event)->latest;
+  if (latest != nullptr) ++state().waits[{stream, latest->stream}];
   if (latest == nullptr || latest->done) return success;
   if (runs_at_once(stream)) return run_until(*latest), success;
   static_cast<Stream*>(stream)->operations.push_back({[] {}, latest});
@@ -280,6 +282,7 @@ EXPORT int64_t emulated_calls_elsewhere() { return state().calls_elsewhere; }
 EXPORT void emulated_limit_registration(int64_t bytes) { state().registration_limit = bytes; }
 EXPORT void emulated_fail_next_copy(int error) { state().fail_copy = error; }
 EXPORT int64_t emulated_host_waits() { return state().host_waits; }
+EXPORT int64_t emulated_waits(void* stream, void* recorded_on) { return state().waits[{stream, recorded_on}]; }
 EXPORT int64_t emulated_registered_bytes() {
   int64_t total = 0;
   for (const auto& [address, registration] : state().registered) total += static_cast<int64_t>(registration.bytes);
