@@ -7,9 +7,9 @@
 //     their next use *after* the group is Belady's rule on the whole sequence, however far ahead the copies run;
 //   - a slot that an admitted group uses (`holds` above 0) is not refilled; a pending slot has holds above 0;
 //   - a slot's copy runs behind its latest use, on the copy stream (`released`);
-//   - copies that a pump() queues for a group share one event, recorded behind them, and uses that a release() ends
-//     another. A stream waits for an event once, and only for those of its group's slots: copies from disk are queued
-//     in the order in which their reads end, so that no one of several events need be the last;
+//   - the copies that one pump() queues for a group share an event, recorded behind them, and so do the uses that one
+//     release() ends. A stream waits once for each event that its group's slots have: for all of several (copies from
+//     disk are queued as their reads end), since only the first one behind a copy tells of its failure;
 //   - a ring buffer is read to only behind its latest copy, and copied from only when its read is over;
 //   - the first page that is missing can always be read, whatever the ring holds for later ones: no wait is for ever.
 #pragma once
