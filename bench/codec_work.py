@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +14,10 @@ from usaf_ext import ops
 
 try:
     import bitsandbytes.functional as bnb
-except ImportError:  # a peer where it is installed
+except ModuleNotFoundError:  # a peer where it is installed
+    bnb = None
+except Exception:  # and works: our own figures need none
+    logging.getLogger(__name__).warning("bitsandbytes is left out", exc_info=True)
     bnb = None
 
 BLOCK = 64
@@ -70,7 +74,15 @@ def _size(weight: Tensor) -> str:
 def _encode(format: str, dtype: torch.dtype, shape: OpShape) -> Work:
     weight = _weight(shape, dtype)
     codes, absmax = ops.quantize_blocks(weight, format)
-    peers: dict[str, Callable] = {"torch": lambda: _torch_encode(format, weight)[1]}
+
+    def check_alone():
+        torch.stack(absmax.aminmax()).cpu()
+        return absmax
+
+    peers: dict[str, Callable] = {
+        "torch": lambda: _torch_encode(format, weight)[1],
+        "the check for finite values alone": check_alone,
+    }
     if format == "nf4" and bnb:
         peers["bitsandbytes"] = lambda: bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")[1].absmax
     moved = nbytes(weight, codes, absmax)
@@ -86,8 +98,9 @@ def _decode(format: str, dtype: torch.dtype, shape: OpShape) -> Work:
     cols = weight.shape[1]
     peers: dict[str, Callable] = {"torch": lambda: _torch_decode(format, codes, absmax, dtype)}
     if format == "nf4" and bnb:
-        packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
-        peers["bitsandbytes"] = lambda: bnb.dequantize_4bit(packed, state)
+        # Quantised when it first runs: where it fails, so does this peer alone.
+        quantised = functools.cache(lambda: bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4"))
+        peers["bitsandbytes"] = lambda: bnb.dequantize_4bit(*quantised())
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     return Work(
         _size(weight),

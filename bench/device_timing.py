@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 READING_SECONDS = 0.005  # a reading is repeated until it is at least this long
 MOST_CALLS = 200
 WARM_UPS = 2
+ERROR_CHARACTERS = 160  # of a peer's error, in the table
 
 Calls = Sequence[Callable[[], Any]]
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -34,11 +35,11 @@ def _synchronize(device: torch.device) -> None:
 def seconds_of(calls: Calls, device: torch.device) -> float:
     """Seconds that `device` takes for the calls, one after another."""
     if device.type != "cuda":  # the emulated device's events carry no times
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         for call in calls:
             call()
-        _synchronize(device)
+        synchronize(device)
         return time.perf_counter() - start
     begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
     begin.record()
@@ -63,7 +64,7 @@ def _count(calls: Calls, device: torch.device) -> int:
 def measure(name: str, works: Sequence[Work], device: torch.device, copy: Copy | None, rounds: int = 7) -> Measurement:
     """Time works, equal but for where their inputs lie.
 
-    A peer that raises (bitsandbytes without this GPU's library, say) is left out, with a warning.
+    A peer that raises (bitsandbytes without this GPU's library, say) is left out; the size says so, and why.
 
     Raises: whatever ours raises.
     """
@@ -73,19 +74,22 @@ def measure(name: str, works: Sequence[Work], device: torch.device, copy: Copy |
     if copy is not None:
         contenders["copy"] = [copy.run]
     counts: dict[str, int] = {}
+    size = works[0].size
     for contender, calls in contenders.items():
         try:
             counts[contender] = _count(calls, device)
         except Exception as error:  # whatever another library brings up must not cost us our own figure
             if contender in ("", "copy"):
                 raise
-            logger.warning("%s: %s is left out: %s: %s", name, contender, type(error).__name__, error)
+            logger.warning("%s: %s is left out", name, contender, exc_info=True)
+            reason = " ".join(f"{type(error).__name__}: {error}".replace("|", "/").split())[:ERROR_CHARACTERS]
+            size += f"; {contender} left out: {reason}"
     seconds: dict[str, list[float]] = {contender: [] for contender in counts}
     for _ in range(rounds):
         for contender, count in counts.items():
             reading = seconds_of(_take_turns(contenders[contender], count), device)
             seconds[contender].append(reading / count)
-    info: dict[str, Any] = {"size": works[0].size, "bytes": works[0].moved, "calls": counts[""]}
+    info: dict[str, Any] = {"size": size, "bytes": works[0].moved, "calls": counts[""]}
     ours = seconds.pop("")
     if copy is not None:
         info["copy_rates"] = [copy.moved / duration for duration in seconds.pop("copy")]

@@ -11,6 +11,7 @@ set -uo pipefail
 VARIANTS=("3 2" "2 1" "4 3") # pack.h, masked_adam.cu; first the ones that stand there
 CASES='^(decode_nf4_bf16|encode_nf4_fp32|gather|scatter|adam_master_nf4|adam_master_nf4_8bit_moments|adam_eco_nf4)$'
 
+export PATH=$PATH:/usr/local/cuda/bin
 [ $# -eq 1 ] || { echo "gpu_tuning.sh: expected OUT_DIR" >&2; exit 2; }
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
@@ -57,7 +58,7 @@ if command -v ncu >/dev/null; then
   metrics=l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_ld.sum,l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_st.sum
   metrics+=,l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,gpu__time_duration.sum
   PYTHONPATH=$work/blocks_${VARIANTS[0]/ /_}/build/gpu/packages/cuda timeout 100 ncu --clock-control none --csv \
-    --kernel-name regex:adam --launch-count 3 --metrics "$metrics" python3 bench/gpu_bench.py --out "$work" --size bench \
+    --kernel-name regex:adam --launch-count 3 --metrics "$metrics" python3 bench/gpu_measure.py --out "$work" --size bench \
     --only '^adam_master_nf4_8bit_moments$' --rounds 1 >"$out/bank_conflicts.csv" 2>&1 || failed=1
 fi
 

@@ -55,8 +55,17 @@ class Paging:
                 self.peer, inputs, "grouped_mm", weight_gradients=False
             ),
         }
-        size = f"{num_tokens} tokens, {self.paged.layer.memory.num_slots} of {self.case.num_experts} pages"
-        return Work(size, 0, layers.ours_step(self.paged, inputs), peers)
+        memory, ours = self.paged.layer.memory, layers.ours_step(self.paged, inputs)
+        ours()
+        memory.reset_stats()
+        ours()
+        stats = memory.stats()
+        size = (
+            f"{num_tokens} tokens, {memory.num_slots} of {self.case.num_experts} pages; a step: "
+            f"{stats['page_misses']:.0f} page misses, {stats['bytes_in'] / 1e6:.0f} MB in, the host waits "
+            f"{stats['stall_seconds'] * 1e3:.2f} ms in the pager"
+        )
+        return Work(size, 0, ours, peers)
 
     def _page_sweep(self, experts: PagedExperts) -> tuple[Callable[[], None], int]:
         """A call that brings every page in once, and the bytes that one call copies when others came before it."""

@@ -1,6 +1,11 @@
-"""Options of the whole suite: `--run-slow` adds what `make test` leaves out."""
+"""Options of the whole suite: `--run-slow` adds what `make test` leaves out.
+
+A file named by USAF_FAILURES is given each failure as it comes: a run that is stopped (bench/gpu.sh) has them there.
+"""
 
 from __future__ import annotations
+
+import os
 
 import devices
 import pytest
@@ -19,7 +24,25 @@ def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow (make test-full)")
 
 
+def _note_failure(what, text):
+    if "USAF_FAILURES" in os.environ:
+        with open(os.environ["USAF_FAILURES"], "a") as file:
+            file.write(f"{what}\n{text}\n\n")
+
+
+class _NotesFailures:
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            _note_failure(f"{report.nodeid} ({report.when})", report.longreprtext)
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            _note_failure(f"{report.nodeid} (collection)", report.longreprtext)
+
+
 def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # xdist's workers send theirs to the process that started them
+        config.pluginmanager.register(_NotesFailures())
     config.addinivalue_line("markers", "slow: takes long; runs with --run-slow only")
     config.addinivalue_line("markers", "gpu: runs on a GPU, the emulated one included (bench/gpu.sh)")
     config.addinivalue_line("markers", "gpu_code: compiles or emulates the GPU sources (make test-gpu-code)")
@@ -45,6 +68,20 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _same_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _leave_a_broken_gpu(request):
+    """What a GPU cannot do (an illegal access) stays with the process: an xdist worker would fail all that it is given
+    from then on. It ends instead, which fails this test, and xdist starts another."""
+    yield
+    if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        _note_failure(f"{request.node.nodeid} (the GPU answers no more)", error)
+        os._exit(3)
 
 
 @pytest.fixture(params=devices.names())

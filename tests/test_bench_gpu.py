@@ -1,23 +1,19 @@
-"""What of bench/gpu.sh needs no GPU: the script's course, the timing, the cases on the CPU, and the report."""
+"""The course of bench/gpu.sh, which needs no GPU, and what conftest.py does for it."""
 
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "bench"))
-
-import device_timing
-import gpu_bench
-import gpu_report
-from cases import CPU, Work
-from pairing import Copy
+from conftest import NEED_A_GPU
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 # Stands for python3 in the script: notes its calls; a build and the benchmarks pass, the tests fail.
@@ -26,22 +22,58 @@ echo "$*" >>"$CALLS"
 case "$*" in
   *get_device_capability*) echo 90-real ;;
   *gpu_report.py*) exec "$REAL_PYTHON" "$@" ;;
-  *"-m pytest"*"-m gpu tests") echo "3 failed, 7 passed in 1s"; exit 1 ;;
-  *gpu_bench.py*) echo "a case took | long" ;;
+  *"-m pytest tests/test_gpu_layer.py tests/test_gpu_package.py"*) echo "3 failed, 7 passed in 1s"; exit 1 ;;
+  *gpu_bench.py*)
+    echo "a case took | long"
+    if [ -n "${BENCHMARK_SECONDS:-}" ]; then
+      echo $$ >"$CALLS.benchmark"
+      sleep "$BENCHMARK_SECONDS"
+    fi ;;
+  *"-m pip install"*" . "*) exit "${PIP_CODE:-0}" ;;
+  *"import bitsandbytes"*) [ -z "${NO_BITSANDBYTES:-}" ] || { echo "No module named 'bitsandbytes'"; exit 1; } ;;
 esac
+"""
+# Refuses its filter if it is an old one; else one of the checks finds an error.
+FAKE_SANITIZER = r"""#!/bin/sh
+echo "compute-sanitizer $*" >>"$CALLS"
+case "$OLD_SANITIZER$*" in
+  *--kernel-name*) [ -z "$OLD_SANITIZER" ] || { echo "unrecognised option"; exit 1; } ;;
+esac
+echo "20 checks against the CPU's plain path, 0 failed"
+echo "ERROR SUMMARY: 1 error"
+exit 9
 """
 
 
-def run_script(
+def start_script(
     *arguments: str, path: str | None = None, script: str = "gpu.sh", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    import os
-
+) -> subprocess.Popen[str]:
     variables = {**os.environ, **environment}
     if path is not None:
         variables["PATH"] = path + os.pathsep + variables["PATH"]
     command = ["bash", str(REPO / "bench" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=variables)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+
+
+def run_script(*arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
+    process = start_script(*arguments, **options)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """What run_script takes to find the fakes instead of a GPU's tools."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name, text in (("python3", FAKE_PYTHON), ("nvcc", "#!/bin/sh\n"), ("compute-sanitizer", FAKE_SANITIZER)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {"path": str(folder), "CALLS": str(tmp_path / "calls"), "REAL_PYTHON": sys.executable}
+
+
+def parts_of(out: pathlib.Path) -> dict[str, dict]:
+    return {part["name"]: part for part in json.loads((out / "gpu.json").read_text())["parts"]}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -70,17 +102,13 @@ def test_the_constants_that_are_tuned_stand_where_the_script_seeks_them():
     assert f"constexpr int kBlocksPerSm = {adam};" in (REPO / "cuda/masked_adam.cu").read_text()
 
 
-def test_a_failed_part_does_not_stop_the_next(tmp_path):
-    tools, calls = tmp_path / "tools", tmp_path / "calls"
-    tools.mkdir()
-    for name, text in (("python3", FAKE_PYTHON), ("nvcc", "#!/bin/sh\n"), ("compute-sanitizer", "#!/bin/sh\nexit 9\n")):
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
+def test_a_failed_part_does_not_stop_the_next(tmp_path, tools):
     out = tmp_path / "out"
-    result = run_script(str(out), path=str(tools), CALLS=str(calls), REAL_PYTHON=sys.executable)
+    result = run_script(str(out), **tools)
     assert result.returncode == 1, result.stderr
-    parts = {part["name"]: part for part in json.loads((out / "gpu.json").read_text())["parts"]}
+    parts = parts_of(out)
     assert {name: part["status"] for name, part in parts.items()} == {
+        "oracles": "passed",
         "build": "passed",
         "self_check": "passed",
         "gpu_tests": "failed",
@@ -90,110 +118,90 @@ def test_a_failed_part_does_not_stop_the_next(tmp_path):
         "racecheck": "failed",
     }
     assert parts["gpu_tests"]["last_line"] == "3 failed, 7 passed in 1s"
-    assert "| benchmarks | passed | 0 | a case took / long |" in (out / "gpu.md").read_text()
+    assert re.search(r"\| benchmarks \| passed \| \d+ \| a case took / long \|", (out / "gpu.md").read_text())
     assert "==== gpu_tests\n3 failed" in (out / "gpu.log").read_text()
-    called = calls.read_text()
+    called = (tmp_path / "calls").read_text()
     assert "CMAKE_CUDA_ARCHITECTURES=90-real" in called
     assert "tests/gpu_builds.py hip_on_cuda --architecture 90-real" in called
-
-
-def test_works_take_turns_and_readings_cover_many_calls(monkeypatch):
-    now, order = [0.0], []
-    monkeypatch.setattr(device_timing.time, "perf_counter", lambda: now[0])
-
-    def spend(name, seconds):
-        def call():
-            order.append(name)
-            now[0] += seconds
-
-        return call
-
-    def broken():
-        raise RuntimeError("no library for this GPU")
-
-    works = [
-        Work("size", 4_000_000, spend(f"ours{i}", 0.001), {"peer": spend(f"peer{i}", 0.004), "other": broken})
-        for i in range(3)
+    assert "tests/gpu_builds.py cuda" not in called
+    sanitized = [line for line in called.splitlines() if line.startswith("compute-sanitizer")]
+    assert [line.split(" --target")[0] for line in sanitized] == [
+        "compute-sanitizer --tool memcheck",
+        "compute-sanitizer --tool racecheck",
     ]
-    measured = device_timing.measure("op", works, CPU, Copy(spend("copy", 0.002), 8_000_000), rounds=5)
-    assert measured.seconds == pytest.approx([0.001] * 5)
-    assert measured.info["peers"] == {"peer": pytest.approx([0.004] * 5)}
-    assert measured.info["copy_rates"] == pytest.approx([4e9] * 5)
-    assert measured.info["calls"] in (5, 6)  # of a millisecond, for a reading of five
-    last_round = order[-(measured.info["calls"] + 3 + 3) :]
-    assert last_round[:4] == ["ours0", "ours1", "ours2", "ours0"]
-    assert last_round[-3:] == ["copy"] * 3
-    with pytest.raises(RuntimeError, match="no library"):
-        device_timing.measure("op", [Work("", 1, broken)], CPU, None)
+    assert all("--kernel-name kernel_substring=usaf" in line for line in sanitized)
 
 
-def run_bench(monkeypatch, out, *arguments):
-    command = ["gpu_bench.py", "--device", "cpu", "--size", "test", "--rounds", "2", "--out", str(out), *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    return gpu_bench.main(), json.loads((out / "bench.json").read_text())
+def test_what_falls_back_and_what_is_said(tmp_path, tools):
+    """pip that cannot build, a sanitizer that knows no filter, a Python without bitsandbytes."""
+    out = tmp_path / "out"
+    run_script(str(out), **tools, PIP_CODE="1", OLD_SANITIZER="yes", NO_BITSANDBYTES="yes")
+    parts, called = parts_of(out), (tmp_path / "calls").read_text()
+    assert parts["oracles"]["status"] == "failed"
+    assert "WHEELS_DIR" in parts["oracles"]["last_line"]
+    assert parts["build"]["status"] == "passed"
+    assert "tests/gpu_builds.py cuda --architecture 90-real" in called
+    assert "compute-sanitizer --tool memcheck" in called
+    for tool in ("memcheck", "racecheck"):
+        assert parts[tool]["last_line"] == "ERROR SUMMARY: 1 error"
+        assert "without the filter" in (out / "gpu.log").read_text().split(f"==== {tool}\n")[1]
 
 
-def test_cases_on_the_cpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(device_timing, "READING_SECONDS", 1e-4)
-    code, result = run_bench(monkeypatch, tmp_path, "--only", "^(decode_nf4_bf16|sort|copies|step.*|decode_residual)$")
-    assert code == 0
-    assert result["failed"] == {}
-    ours = {row["case"]: row for row in result["rows"] if "peer" not in row}
-    assert list(ours) == ["decode_nf4_bf16", "copies", "step[37]", "sort", "decode_residual"]
-    assert ours["sort"]["percent_of_copy"] > 0
-    assert ours["copies"]["bytes"] > 0
-    assert ours["copies"]["percent_of_copy"] is None
-    peers = {row["peer"] for row in result["rows"] if row["case"] == "step[37]" and "peer" in row}
-    assert peers >= {"all pages resident", "copies of two sweeps alone"}
+def test_a_run_that_is_killed_leaves_its_report(tmp_path, tools):
+    out, benchmark = tmp_path / "out", tmp_path / "calls.benchmark"
+    process = start_script(str(out), **tools, BENCHMARK_SECONDS="60")
+    for _ in range(300):
+        if benchmark.exists() and benchmark.read_text():
+            break
+        time.sleep(0.1)
+    assert "gpu_tests" in parts_of(out)  # already: had it been killed so that it cannot notice
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert parts_of(out)["benchmarks"]["status"] == "interrupted"
+    assert "==== benchmarks\na case took" in (out / "gpu.log").read_text()
+    pid = int(benchmark.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_case_that_fails_costs_no_other(monkeypatch, tmp_path):
-    monkeypatch.setattr(device_timing, "READING_SECONDS", 1e-4)
-
-    def broken(shape):
-        raise ValueError("wrong shape\nand more")
-
-    monkeypatch.setitem(gpu_bench.OP_CASES, "sort", broken)
-    code, result = run_bench(monkeypatch, tmp_path, "--only", "^(gather|sort|glu)$")
-    assert code == 1
-    assert result["failed"] == {"sort": "ValueError: wrong shape"}
-    assert [row["case"] for row in result["rows"] if "peer" not in row] == ["gather", "glu"]
+def test_the_script_names_the_files_of_tests_that_need_a_gpu():
+    named = re.search(r"tests/test_\{(.*)\}\.py", (REPO / "bench/gpu.sh").read_text())
+    assert named is not None
+    assert {f"test_{name}.py" for name in named[1].split(",")} == NEED_A_GPU
 
 
-def test_no_case_begins_after_its_time(monkeypatch, tmp_path):
-    code, result = run_bench(monkeypatch, tmp_path, "--seconds", "0", "--only", "^(gather|glu)$")
-    assert code == 0
-    assert result["rows"] == []
-    assert result["left_out"] == ["gather", "glu"]
+# What conftest.py does for it
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu_bench.py", "--device", "cuda", "--out", str(tmp_path)])
-    assert gpu_bench.main() == 2
-    assert "--device" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def run_pytest(tmp_path, source, **environment):
+    (tmp_path / "test_it.py").write_text(source)
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path), "-p", "conftest"]
+    path = os.pathsep.join([str(REPO / "tests"), os.environ.get("PYTHONPATH", "")])
+    variables = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=variables)
 
 
-def test_figures_are_judged_by_their_aims():
-    def row(case, percent=None, **peer):
-        return {"case": case, "percent_of_copy": percent, **peer}
+def test_failures_are_noted_as_they_come(tmp_path):
+    source = """import os
+def test_fails(): assert 1 == 2
+def test_ends(): os._exit(7)
+"""
+    result = run_pytest(tmp_path, source, USAF_FAILURES=str(tmp_path / "failures"))
+    assert result.returncode == 7
+    noted = (tmp_path / "failures").read_text()
+    assert noted.startswith("test_it.py::test_fails (call)\n")
+    assert "assert 1 == 2" in noted
 
-    rows = [
-        row("decode_nf4_bf16", 91.0),
-        row("encode_int8_fp32", 89.0),
-        row("decode_residual", 10.0),
-        row("gather", 86.0),
-        row("gather", 40.0, peer="torch", ours_over_peer=0.4),
-        row("copies", None),
-        row("copies", None, peer="bare asynchronous copies", ours_over_peer=1.04),
-        row("step[8192]", None, peer="all pages resident", ours_over_peer=1.07),
-    ]
-    judged = {aim["case"]: aim["met"] for aim in gpu_report.judge(rows)}
-    assert judged == {
-        "decode_nf4_bf16": True,
-        "encode_int8_fp32": False,
-        "gather": True,
-        "copies": True,
-        "step[8192]": False,
-    }
+
+def test_a_worker_whose_gpu_broke_ends(tmp_path):
+    source = """import torch
+def test_breaks():
+    def synchronize(): raise RuntimeError("an illegal memory access")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+def test_next(): raise SystemError
+"""
+    failures = str(tmp_path / "failures")
+    assert run_pytest(tmp_path, source, USAF_FAILURES=failures, PYTEST_XDIST_WORKER="gw0").returncode == 3
+    noted = pathlib.Path(failures).read_text()
+    assert noted.startswith("test_it.py::test_breaks (the GPU answers no more)\nan illegal memory access")
+    assert "test_next" not in noted

@@ -137,6 +137,19 @@ def test_opcheck():
         )
 
 
+def test_a_second_derivative_is_refused():
+    experts = module_with_bank(torch.float32)
+    hidden, (index, top_k_weights) = torch.randn(5, HIDDEN, requires_grad=True), routing(5, 2)
+    (grad,) = torch.autograd.grad(experts(hidden, index, top_k_weights).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="experts_backward is not implemented"):
+        grad.square().sum().backward()
+
+
+def test_no_graph_is_captured_over_the_ops():
+    for name in ("experts_forward", "experts_backward", "experts_forward_many", "experts_backward_many"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.usaf, name).default.tags
+
+
 def test_casting_keeps_the_anchor_and_the_result():
     experts = module_with_bank(torch.float32)
     model = nn.Sequential(nn.Linear(4, 4), experts).to(torch.bfloat16)

@@ -86,6 +86,15 @@ def test_random_states_of_both_generators():
 # Memory
 
 
+def test_encoding_reads_the_device_once():
+    """Its check for finite values, whose two ends come together."""
+    weight = torch.randn(8, 64, device=GPU)
+    with torch.profiler.profile() as profile:
+        ops.quantize_blocks(weight, "nf4")
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts.get("aten::_local_scalar_dense", 0) + counts.get("aten::_to_copy", 0) == 1
+
+
 def test_slots_and_scratch_lie_on_the_device():
     experts = make_experts(device=GPU)
     layer, memory = experts.layer, experts.layer.memory
@@ -158,6 +167,7 @@ def test_a_bank_knows_where_its_rows_go():
 
 
 def test_a_store_is_registered_once(monkeypatch, caplog):
+    first_use.ensure_works(GPU)  # its checks register stores too, in whichever test uses the GPU first
     calls = []
     store = make_experts().layer.store
 

@@ -5,10 +5,15 @@ Runs where there is a GPU that this build has kernels for, and in the emulated b
 
 from __future__ import annotations
 
+import functools
+import threading
+from types import SimpleNamespace
+
 import devices
 import pytest
 import stream_races
 import torch
+import usaf_ext
 from device_waits import Waits
 from expert_layers import weights
 from stream_races import Races
@@ -102,28 +107,32 @@ def test_a_training_step_reads_the_device_once(tiny_checkpoint, tmp_path, on_gpu
 
 
 @pytest.mark.parametrize("release", [False, True])
-def test_gradients_cross_while_the_cpu_updates(tiny_checkpoint, on_gpu, monkeypatch, release):
-    """The next gradient is on its way before an update runs, each update sees its own, and none is lost."""
+def test_the_cpu_updates_while_the_caller_goes_on(tiny_checkpoint, on_gpu, monkeypatch, release):
+    """The next gradient is sent before an update has run, each update sees its own, and none is lost."""
     model = banked_model(tiny_checkpoint, placement="host", mode="master", master_dtype=torch.float32)
     twin = banked_model(tiny_checkpoint, placement="device", mode="master", master_dtype=torch.float32)
     optimizer, other = MaskedAdam(model, lr=1e-2), MaskedAdam(twin, lr=1e-2)
     if release:
         share_gradients(paged_layers(model))
-    events = []
-    submit, update = HostUpdates.submit, HostUpdates._update
+    first, second = (1, 0) if release else (0, 1)
+    updated, second_sent = [], threading.Event()
+    submit, run = HostUpdates.submit, HostUpdates._run
 
     def submitted(self, bank, *arguments):
-        events.append(f"submit {bank.layer}")
         submit(self, bank, *arguments)
+        if bank.layer == second:
+            second_sent.set()
 
-    def updated(self):
-        if self._crossing is not None:
-            events.append(f"update {self._crossing.bank.layer}")
-        update(self)
+    def updating(self, bank, *arguments):
+        if bank.layer == first:
+            assert second_sent.wait(timeout=10)
+        run(self, bank, *arguments)
+        updated.append(bank.layer)
 
     monkeypatch.setattr(HostUpdates, "submit", submitted)
-    monkeypatch.setattr(HostUpdates, "_update", updated)
+    monkeypatch.setattr(HostUpdates, "_run", updating)
     for _ in range(3):
+        second_sent.clear()
         layers = list(zip(paged_layers(model), paged_layers(twin)))
         for mine, theirs in reversed(layers) if release else layers:
             gradient = torch.randn_like(theirs.bank.grad)
@@ -136,14 +145,37 @@ def test_gradients_cross_while_the_cpu_updates(tiny_checkpoint, on_gpu, monkeypa
                 assert not mine.bank.grad.any()
         optimizer.step()
         other.step()
-    first, second = (1, 0) if release else (0, 1)
-    assert events == 3 * [f"submit {first}", f"submit {second}", f"update {first}", f"update {second}"]
+    assert updated == 3 * [first, second]
     for mine, theirs in zip(paged_layers(model), paged_layers(twin)):
         assert mine.bank.master.device == CPU
         assert same_bits(mine.bank.master, theirs.bank.master.cpu())
         assert same_bits([mine.bank.codes, mine.bank.absmax], [theirs.bank.codes, theirs.bank.absmax])
         assert torch.equal(mine.bank.state_codes, mine.bank.codes.cpu())
     optimizer.check_progress()
+
+
+def test_an_update_that_fails_in_its_thread_fails_the_step(tiny_checkpoint, on_gpu, monkeypatch):
+    model = banked_model(tiny_checkpoint, placement="host", mode="in_place")
+    optimizer = MaskedAdam(model, lr=1e-2)
+
+    def failing(*_, **__):
+        raise RuntimeError("no update")
+
+    monkeypatch.setattr(usaf_ext.ops, "masked_adam_", failing)
+    for layer in paged_layers(model):
+        give_gradient(layer, torch.ones_like(layer.bank.grad))
+    with pytest.raises(RuntimeError, match="no update"):
+        optimizer.step()
+
+
+class LateThread:
+    """In place of the updates' thread: each update runs when somebody waits for it, as late as it may."""
+
+    def __init__(self, **_):
+        pass
+
+    def submit(self, function, *arguments):
+        return SimpleNamespace(result=functools.partial(function, *arguments))
 
 
 @pytest.mark.parametrize("release", [False, True])
@@ -155,6 +187,7 @@ def test_all_that_crosses_is_ordered(tiny_checkpoint, on_gpu, monkeypatch, relea
     if release:
         share_gradients(paged_layers(model))
     layers = paged_layers(model)
+    monkeypatch.setattr(usaf_ext.host_updates, "ThreadPoolExecutor", LateThread)
     races = Races(GPU, monkeypatch)
     if left_out is not None:
         for kind in (stream_races._Stream, stream_races._Event):

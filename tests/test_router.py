@@ -89,6 +89,16 @@ def test_router_stays_fp32_in_a_bf16_model(family):
     assert all(router.weight.grad.any() for router in trained_routers(model).values())
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_router_computes_in_fp32_under_autocast(family):
+    model = make(family)
+    for router in train_routers(model).values():
+        hidden = torch.randn(5, router.weight.shape[1])
+        expected = router(hidden)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert all(torch.equal(got, want) for got, want in zip(router(hidden), expected))
+
+
 def test_training_twice_changes_nothing_and_deepcopy_works():
     model = make("qwen3_moe")
     first = train_routers(model)

@@ -48,6 +48,22 @@ def test_a_wrong_result_fails(monkeypatch, capsys, name, op, change):
     assert out.splitlines()[-1].endswith("1 failed")
 
 
+@pytest.mark.parametrize(("hip", "status"), [(None, 1), ("7.0", 0)])
+def test_a_second_sweep_must_repeat_the_first(monkeypatch, capsys, hip, status):
+    """To the bit; on ROCm, whose GEMMs may add in any order, within the tolerance."""
+    _only(monkeypatch, "paged expert layer")
+    right, calls = self_check.PagedExperts.forward, []
+
+    def drifting(*arguments):
+        calls.append(arguments)
+        return right(*arguments) * (1.0 if len(calls) <= 2 else 1.0 + 1e-6 * len(calls))  # two of the reference
+
+    monkeypatch.setattr(self_check.PagedExperts, "forward", drifting)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert main(["info", "--check"]) == status
+    assert ("a second sweep of the same pages" in capsys.readouterr().out) == bool(status)
+
+
 def test_an_op_without_a_kernel_is_absent_and_an_error_is_reported(monkeypatch, capsys):
     cpu = torch.device("cpu")
     runs = iter([[torch.zeros(1)], NotImplementedError("no kernel"), [torch.zeros(1)], RuntimeError("launch failed")])

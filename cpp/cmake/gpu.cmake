@@ -38,7 +38,8 @@ endif()
 
 if(usaf_cuda)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 120)
+    # 90 and 120 as PTX too, for chips between and after.
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90 120)
   endif()
   if(NOT DEFINED CMAKE_CUDA_RUNTIME_LIBRARY)
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # imports on a machine without a driver

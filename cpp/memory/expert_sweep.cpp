@@ -11,7 +11,8 @@ namespace usaf {
 ExpertSweep::ExpertSweep(std::shared_ptr<ExpertPager> pager)
     : pager_(std::move(pager)),
       used_(static_cast<size_t>(pager_->store().num_layers())),
-      readback_(pager_->shared_device()) {}
+      readback_(pager_->shared_device()),
+      order_(pager_->shared_device()) {}
 
 std::vector<int64_t> ExpertSweep::all_experts() const {
   std::vector<int64_t> experts(static_cast<size_t>(pager_->store().num_experts()));

@@ -13,6 +13,7 @@
 
 #include "expert_pager.h"
 #include "host_readback.h"
+#include "stream_order.h"
 
 namespace usaf {
 
@@ -77,6 +78,9 @@ class ExpertSweep {
     });
   }
 
+  // Of what the layers share or add to on the device beside the slots: scratch, gradients of banks.
+  StreamOrder& order() { return order_; }
+
   // Through which results of the device come back to the host.
   HostReadback& readback() { return readback_; }
 
@@ -104,6 +108,7 @@ class ExpertSweep {
   int64_t latest_layer_ = -1;
   bool repeats_layers_ = false;
   HostReadback readback_;
+  StreamOrder order_;
   std::exception_ptr failure_;
 };
 

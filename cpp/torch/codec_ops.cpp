@@ -3,6 +3,7 @@
 #include <ATen/ops/abs.h>
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -25,8 +26,10 @@ float weight_limit(Format format) { return format == Format::nf4_f16 ? kF16Max :
 
 bool within(const Tensor& values, float limit) {
   if (values.numel() == 0) return true;
-  const auto [low, high] = at::aminmax(values);  // a NaN wins both
-  return -limit <= low.item<float>() && high.item<float>() <= limit;
+  const auto [low, high] = at::aminmax(values);                         // a NaN wins both
+  const Tensor ends = at::stack({low, high}).to(at::kCPU, at::kFloat);  // together: the host waits for a GPU once
+  const float* end = ends.const_data_ptr<float>();
+  return -limit <= end[0] && end[1] <= limit;
 }
 
 // Names the first weight that is not finite or too large, if there is one.

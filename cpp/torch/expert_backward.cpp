@@ -89,6 +89,7 @@ class MmBackward {
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> backward_on_gpu(ExpertLayer& layer,
                                                                              const MicroBatches& batches) {
   const GpuBackend::Guard guard(batches[0].x);
+  const StreamOrder::Use use(layer.sweep().order(), guard.stream());
   std::vector<Tensor> grad_x, grad_weights;
   for (const MicroBatch& batch : batches)
     grad_x.push_back(at::zeros(batch.x.sizes(), batch.x.options().dtype(at::kFloat)));

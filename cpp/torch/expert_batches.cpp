@@ -28,7 +28,8 @@ void check_micro_batch(const ExpertLayer& layer, const Tensor& x, const Tensor& 
   check_device(index, "index", x);
   check_device(weights, "weights", x);
   if (!x.is_cpu()) return;  // a GPU takes an index that is out of range as "not here"
-  const int64_t* values = index.const_data_ptr<int64_t>();
+  const Tensor contiguous = index.contiguous();
+  const int64_t* values = contiguous.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < index.numel(); ++i) {
     TORCH_CHECK_VALUE(values[i] >= 0 && values[i] <= layer.num_experts(), "index: expected 0 to ", layer.num_experts(),
                       " (which means 'not here'), got ", values[i], " at position ", i);
@@ -65,15 +66,14 @@ MicroBatches::MicroBatches(ExpertLayer& layer, Phase phase, at::TensorList x, at
   TORCH_CHECK_VALUE(x[0].is_cpu() == (std::string_view(device) == "cpu"),
                     "x: expected a tensor on the layer's device (", device, "), got one on ", x[0].device());
   int64_t num_pairs = 0;
-  std::vector<Tensor> contiguous;
   for (size_t i = 0; i < x.size(); ++i) {
     check_device(x[i], "x", x[0]);
-    contiguous.push_back(index[i].contiguous());
-    check_micro_batch(layer, x[i], contiguous[i], weights[i]);
+    check_micro_batch(layer, x[i], index[i], weights[i]);
     if (grad_out) check_grad_out((*grad_out)[i], x[i]);
-    num_pairs += contiguous[i].numel();
+    num_pairs += index[i].numel();
   }
-  const Routings routings = grad_out ? kept_routings(layer, contiguous) : sorted_routings(layer, contiguous, phase);
+  const std::vector<Tensor> indices = index.vec();
+  const Routings routings = grad_out ? kept_routings(layer, indices) : sorted_routings(layer, indices, phase);
   for (size_t i = 0; i < x.size(); ++i) {
     batches_.push_back({x[i].contiguous(), weights[i].to(at::kFloat).contiguous(),
                         grad_out ? (*grad_out)[i].contiguous() : Tensor(), weights[i].scalar_type(), routings[i]});

@@ -86,6 +86,7 @@ std::vector<Tensor> experts_forward_many(at::TensorList x, at::TensorList index,
 #ifdef USAF_WITH_GPU
   if (!out[0].is_cpu()) {
     const GpuBackend::Guard guard(out[0]);
+    const StreamOrder::Use use(layer.sweep().order(), guard.stream());
     const GpuForward forward(layer, batches, guard.stream());
     for_each_group(layer, batches, phase, guard.stream(),
                    [&](const std::vector<ExpertPage>& group) { forward.run(group, out); });

@@ -5,6 +5,7 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace usaf {
 namespace {
@@ -13,7 +14,7 @@ using at::Tensor;
 
 constexpr int kDown = 2;
 constexpr int64_t kColumnsAtOnce = 64;  // bounds the rows that are decoded beside the scratch
-// Rows of a chunk, unless one expert alone has more: 16 MB of a hidden state of 2048 in bf16.
+// Rows of a chunk, unless one expert has more in one micro-batch: 16 MB of a hidden state of 2048 in bf16.
 constexpr int64_t kChunkRows = 4096;
 
 }  // namespace
@@ -112,12 +113,9 @@ GpuExperts::GpuExperts(const ExpertLayer& layer, const MicroBatches& batches, vo
       decoder_(layer, batches[0].x.device(), stream),
       hidden_size_(layer.layout().hidden_size),
       intermediate_size_(layer.layout().intermediate_size) {
-  int64_t largest = 0, all = 0;
-  for (const int64_t expert : batches.experts()) {
-    largest = std::max(largest, rows_of(expert));
-    all += rows_of(expert);
-  }
-  max_rows_ = std::min(all, std::max(largest, kChunkRows));
+  int64_t all = 0;
+  for (const int64_t expert : batches.experts()) all += rows_of(expert);
+  max_rows_ = std::min(all, std::max(batches.max_tokens(), kChunkRows));
 }
 
 int64_t GpuExperts::rows_of(int64_t expert) const {
@@ -128,11 +126,16 @@ int64_t GpuExperts::rows_of(int64_t expert) const {
 
 std::vector<Chunk> GpuExperts::chunks(const std::vector<ExpertPage>& group) const {
   std::vector<Chunk> result;
-  int64_t num_rows = 0;
+  int64_t num_rows = max_rows_;  // of the last chunk; the next row begins another
   for (const ExpertPage& expert : group) {
     const int64_t more = rows_of(expert.expert);
-    if (result.empty() || num_rows + more > max_rows_) {
-      result.emplace_back();
+    if (more > max_rows_) {
+      for (const auto& [first, end] : batch_ranges(expert.expert)) result.push_back({{expert}, first, end, {}});
+      num_rows = max_rows_;
+      continue;
+    }
+    if (num_rows + more > max_rows_) {
+      result.push_back({{}, 0, batches_.size(), {}});
       num_rows = 0;
     }
     result.back().experts.push_back(expert);
@@ -140,7 +143,7 @@ std::vector<Chunk> GpuExperts::chunks(const std::vector<ExpertPage>& group) cons
   }
   for (Chunk& chunk : result) {
     int64_t row = 0;
-    for (size_t batch = 0; batch < batches_.size(); ++batch) {
+    for (size_t batch = chunk.first_batch; batch < chunk.end_batch; ++batch) {
       const Routing& routing = *batches_[batch].routing;
       const int64_t source_row = routing.first_row(chunk.experts.front().expert);
       const int64_t rows = routing.first_row(chunk.experts.back().expert + 1) - source_row;
@@ -149,6 +152,22 @@ std::vector<Chunk> GpuExperts::chunks(const std::vector<ExpertPage>& group) cons
     }
   }
   return result;
+}
+
+// Micro-batches [first, end) in which an expert has no more rows than a chunk takes.
+std::vector<std::pair<size_t, size_t>> GpuExperts::batch_ranges(int64_t expert) const {
+  std::vector<std::pair<size_t, size_t>> ranges;
+  int64_t num_rows = max_rows_;
+  for (size_t batch = 0; batch < batches_.size(); ++batch) {
+    const int64_t more = batches_[batch].routing->tokens(expert);
+    if (num_rows + more > max_rows_) {
+      ranges.emplace_back(batch, batch);
+      num_rows = 0;
+    }
+    ranges.back().second = batch + 1;
+    num_rows += more;
+  }
+  return ranges;
 }
 
 Tensor GpuExperts::buffer(int64_t cols) const { return at::empty({max_rows_, cols}, batches_[0].x.options()); }

@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "expert_batches.h"
@@ -40,7 +41,8 @@ class GpuDecoder {
   void* stream_;
 };
 
-// Ascending experts of a group whose tokens' rows stand together in the buffers, micro-batch after micro-batch.
+// Ascending experts of a group whose tokens' rows stand together in the buffers, micro-batch after micro-batch. An
+// expert with too many rows for the buffers is a chunk of its own for some of the micro-batches at a time.
 struct Chunk {
   struct Part {
     size_t batch;
@@ -49,6 +51,7 @@ struct Chunk {
     int64_t num_rows;
   };
   std::vector<ExpertPage> experts;
+  size_t first_batch, end_batch;
   std::vector<Part> parts;  // those with rows
 };
 
@@ -76,6 +79,7 @@ class GpuExperts {
 
  private:
   int64_t rows_of(int64_t expert) const;  // in all micro-batches
+  std::vector<std::pair<size_t, size_t>> batch_ranges(int64_t expert) const;
 
   int64_t max_rows_;
 };

@@ -39,17 +39,23 @@ void register_experts(torch::Library& m) {
 
 }  // namespace
 
+// The host steers the pager: a graph that is captured must not run over these ops.
 TORCH_LIBRARY_FRAGMENT(usaf, m) {
-  m.def("experts_forward(Tensor x, Tensor index, Tensor weights, Tensor anchor, int handle, bool training) -> Tensor");
+  const std::vector<at::Tag> tags{at::Tag::cudagraph_unsafe};
+  m.def("experts_forward(Tensor x, Tensor index, Tensor weights, Tensor anchor, int handle, bool training) -> Tensor",
+        tags);
   m.def(
       "experts_backward(Tensor grad_out, Tensor x, Tensor index, Tensor weights, int handle) -> "
-      "(Tensor, Tensor, Tensor)");
+      "(Tensor, Tensor, Tensor)",
+      tags);
   m.def(
       "experts_forward_many(Tensor[] x, Tensor[] index, Tensor[] weights, int handle, bool training) -> "
-      "Tensor[]");
+      "Tensor[]",
+      tags);
   m.def(
       "experts_backward_many(Tensor[] grad_out, Tensor[] x, Tensor[] index, Tensor[] weights, int handle) -> "
-      "(Tensor[] grad_x, Tensor[] grad_weights, Tensor grad_anchor)");
+      "(Tensor[] grad_x, Tensor[] grad_weights, Tensor grad_anchor)",
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(usaf, CPU, m) { register_experts(m); }
@@ -61,9 +67,9 @@ std::string gpu_device_type() {
 }
 #endif
 
-// The caller of the many-forms builds its own graph.
+// No second derivative; and the caller of the many-forms builds its own graph.
 TORCH_LIBRARY_IMPL(usaf, Autograd, m) {
-  for (const char* name : {"experts_forward_many", "experts_backward_many"}) {
+  for (const char* name : {"experts_backward", "experts_forward_many", "experts_backward_many"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

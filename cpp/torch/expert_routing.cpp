@@ -34,7 +34,8 @@ void read_counts(ExpertLayer& layer, const std::vector<Tensor>& index, const std
     num_pairs += index[i].numel();
     const int64_t num_chunks = num_sort_chunks(index[i].numel());
     const Tensor counts = int32_like(index[i], {num_chunks, layer.num_experts()});
-    gpu::sort_by_expert(to[i]->sort_arguments(index[i], counts.mutable_data_ptr<int32_t>()), stream);
+    const Tensor contiguous = index[i].contiguous();
+    gpu::sort_by_expert(to[i]->sort_arguments(contiguous, counts.mutable_data_ptr<int32_t>()), stream);
     readback.copy(static_cast<int64_t>(i) * bytes, to[i]->offsets().const_data_ptr(), bytes, stream);
   }
   readback.finish(stream);
@@ -71,7 +72,7 @@ void Routing::set_counts(const int32_t* offsets) {
 
 bool KeptRoutings::Entry::is_of(const Tensor& index) const {
   return storage.lock().get() == index.storage().unsafeGetStorageImpl() && storage_offset == index.storage_offset() &&
-         index.sizes() == sizes;
+         index.sizes() == sizes && index.strides() == strides;
 }
 
 std::shared_ptr<const Routing> KeptRoutings::find(const Tensor& index) const {
@@ -88,15 +89,16 @@ void KeptRoutings::keep(const Tensor& index, std::shared_ptr<const Routing> rout
   const std::lock_guard lock(kept_mutex());
   std::erase_if(entries_, [&](const Entry& entry) { return entry.storage.expired() || entry.is_of(index); });
   entries_.push_back({index.storage().getWeakStorageImpl(), index.storage_offset(), index.sizes().vec(),
-                      index._version(), std::move(routing)});
+                      index.strides().vec(), index._version(), std::move(routing)});
 }
 
-Routings sorted_routings(ExpertLayer& layer, const std::vector<Tensor>& index, [[maybe_unused]] Phase phase) {
+Routings sorted_routings(ExpertLayer& layer, const std::vector<Tensor>& index, Phase phase) {
   std::vector<std::shared_ptr<Routing>> made;
   for (const Tensor& one : index) made.push_back(std::make_shared<Routing>(one, layer.num_experts()));
   if (index[0].is_cpu()) {
     for (size_t i = 0; i < made.size(); ++i) {
-      cpu::sort_by_expert(made[i]->sort_arguments(index[i], nullptr), nullptr);
+      const Tensor contiguous = index[i].contiguous();
+      cpu::sort_by_expert(made[i]->sort_arguments(contiguous, nullptr), nullptr);
       made[i]->set_counts(made[i]->offsets().const_data_ptr<int32_t>());
     }
   } else {
@@ -109,6 +111,7 @@ Routings sorted_routings(ExpertLayer& layer, const std::vector<Tensor>& index, [
     }
 #endif
   }
+  if (phase == Phase::inference) return {made.begin(), made.end()};  // no backward follows
   if (!layer.kept_routings) layer.kept_routings = std::make_shared<KeptRoutings>();
   for (size_t i = 0; i < made.size(); ++i) layer.kept_routings->keep(index[i], made[i]);
   return {made.begin(), made.end()};

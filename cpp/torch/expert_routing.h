@@ -56,14 +56,14 @@ class KeptRoutings {
 
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     int64_t storage_offset;
-    std::vector<int64_t> sizes;
+    std::vector<int64_t> sizes, strides;
     int64_t version;
     std::shared_ptr<const Routing> routing;
   };
   std::vector<Entry> entries_;
 };
 
-// The routings of a forward's micro-batches, from `index`, contiguous int64 each: sorted anew, since what is written to
+// The routings of a forward's micro-batches, from `index`, int64 each: sorted anew, since what is written to
 // an index need not pass through torch. On a GPU that is one host wait for all of them, and the pages of a dense
 // forward are on their way meanwhile.
 Routings sorted_routings(ExpertLayer& layer, const std::vector<at::Tensor>& index, Phase phase);

@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 _MATRICES = 3  # gate, up, down^T of one expert are decoded at a time
 _MIN_SLOTS = 2  # one page computes while the next arrives
-_SLAB_ALIGN = 64
 _MIN_BUFFERS = 2  # one page is copied while the next is read
 _AUTO_BUFFERS = 16
 _BUFFER_OVERHEAD = 512  # bytes of bookkeeping a host buffer, at most
@@ -73,16 +72,15 @@ class ExpertMemory:
         self.dtype = dtype
         self.device = device
         self.num_slots = num_slots
-        slab_bytes = num_slots * store.layout.page_bytes + _SLAB_ALIGN
-        self._slab = torch.empty(slab_bytes, dtype=torch.uint8, device=device)
+        self._slab = torch.empty(num_slots * store.layout.page_bytes, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(self._scratch_bytes(store, dtype), dtype=torch.uint8, device=device)
         if device.type != "cpu":
             # Work that is queued may still use this memory's former contents; pages come in on another stream.
             torch.accelerator.synchronize(device)
         self.device_budget = self.device_bytes if device_budget == "auto" else parse_size(device_budget)
-        first_slot = -(-self._slab.data_ptr() // _SLAB_ALIGN) * _SLAB_ALIGN
         native = open_device(device)
-        self.pager = _C.ExpertPager(store.native, first_slot, num_slots, self._slab, num_buffers, native)
+        slots = self._slab.data_ptr()  # torch's memory begins at a multiple of 64 bytes, as parts of pages do
+        self.pager = _C.ExpertPager(store.native, slots, num_slots, self._slab, num_buffers, native)
         report_buffers(self.pager, num_buffers * store.layout.page_bytes, device)
         self.sweep = _C.ExpertSweep(self.pager)
         self.host_budget = None if host_budget is None else parse_size(host_budget, "host_budget")
@@ -111,7 +109,7 @@ class ExpertMemory:
         if device_budget == "auto" and device.type == "cpu":
             return max(_MIN_SLOTS, min(num_pages, 2 * store.num_experts))
         budget = cls._auto_budget(device) if device_budget == "auto" else parse_size(device_budget, "device_budget")
-        num_slots = min((budget - scratch_bytes - _SLAB_ALIGN) // page_bytes, num_pages)
+        num_slots = min((budget - scratch_bytes) // page_bytes, num_pages)
         if num_slots < _MIN_SLOTS:
             smallest = cls.smallest_budget(store, dtype)
             raise BudgetError(
@@ -132,7 +130,7 @@ class ExpertMemory:
     @classmethod
     def smallest_budget(cls, store: ExpertStore, dtype: torch.dtype) -> int:
         """Bytes of the smallest budget that works: two slots and the scratch."""
-        return _MIN_SLOTS * store.layout.page_bytes + cls._scratch_bytes(store, dtype) + _SLAB_ALIGN
+        return _MIN_SLOTS * store.layout.page_bytes + cls._scratch_bytes(store, dtype)
 
     @classmethod
     def buffers_for(cls, store: ExpertStore, host_budget: int | str | None, reserved: int = 0) -> int:

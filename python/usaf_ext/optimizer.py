@@ -331,7 +331,6 @@ class MaskedAdam(torch.optim.Optimizer):
         """Clear all gradients, those of the banks included, and begin a step anew."""
         super().zero_grad(set_to_none)
         self._begin_step()
-        self._clear_banks()
 
     def _clear_banks(self) -> None:
         for anchor, layer in self._layers.items():

@@ -16,14 +16,15 @@ _ROUTER_NAMES = ("gate", "router")  # what families call the sibling of `experts
 
 
 class _TrainedRouter:
-    """Mixin put before a family's router class: fp32 weights and fp32 logits, whatever the model's dtype.
+    """Mixin put before a family's router class: fp32 weights and fp32 logits, whatever the model's dtype or autocast.
 
     The family's own forward runs on fp32 hidden states, so its choice and normalisation of the top k stay its own;
     returned weights are fp32 too.
     """
 
     def forward(self, hidden_states, *args, **kwargs):
-        return super().forward(hidden_states.float(), *args, **kwargs)  # type: ignore[misc]
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return super().forward(hidden_states.float(), *args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn, recurse=True):
         # model.to(bfloat16) goes through here: follow the device, keep fp32 (and its bits).
