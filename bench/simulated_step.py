@@ -36,6 +36,7 @@ class Phase:
     stall_seconds: float
     launch_seconds: float
     host_waits: int
+    event_calls: int  # records, and waits of streams
     bytes_in: int
 
     @property
@@ -125,5 +126,6 @@ class Simulation:
             stall_seconds=figures.stall_seconds,
             launch_seconds=figures.launch_seconds,
             host_waits=figures.host_waits,
+            event_calls=figures.event_calls,
             bytes_in=figures.page_misses * self.model.page_bytes,
         )

@@ -4,6 +4,8 @@
 // a virtual-time device. Handles are opaque and belong to the device that made them. Every call throws DeviceError on
 // failure, and may be made by any thread.
 #pragma once
+#include <unistd.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -42,9 +44,16 @@ class Device {
   // Either end may be host memory. Unless that is registered, the host may wait for the copy.
   virtual void copy_async(void* dst, const void* src, int64_t bytes, Stream stream) = 0;
 
+  // A thread of this library's own that is about to make calls. Those of others keep the device that is theirs.
+  virtual void enter_thread() {}
+
   // Host memory, whole pages of the system's, that asynchronous copies go to and from (host_registration.h).
   virtual void register_host(void* pointer, size_t bytes) = 0;
   virtual void unregister_host(void* pointer) noexcept = 0;
+
+  // Is this a child of fork()? There the threads behind the device are missing, and so is registered memory, at whose
+  // addresses something else may lie: nothing can be waited for, and nothing is given back.
+  bool is_left_behind() const { return getpid() != process_; }
 
   // How often synchronize() made the host wait for a GPU.
   int64_t host_waits() const { return host_waits_; }
@@ -54,6 +63,7 @@ class Device {
 
  private:
   std::atomic<int64_t> host_waits_ = 0;
+  const pid_t process_ = getpid();
 };
 
 std::shared_ptr<Device> make_cpu_device();

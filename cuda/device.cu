@@ -1,8 +1,9 @@
 // An NVIDIA GPU as the pager sees it (device_api.h), over the CUDA runtime.
 //
 // Copy streams do not block the legacy default stream, and events carry no times: they order, and nothing else. The
-// current device belongs to the thread, and the pager's calls come from its readers' threads too, so each call that
-// needs the device makes it current and puts back what was.
+// current device belongs to the thread: each call makes this one current and puts back what was. Putting it back makes
+// a context on that other device where a caller's thread had none yet, which the pager's own threads are spared: they
+// choose the device for good (enter_thread).
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -14,7 +15,14 @@
 namespace usaf {
 namespace {
 
+// What an error leaves behind is taken away: it is told by an exception or not at all, and must not turn up at the
+// next launch of a kernel.
+void forget(cudaError_t error) {
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+}
+
 void check(cudaError_t error, const char* what) {
+  forget(error);
   if (error != cudaSuccess) throw DeviceError(std::string("CUDA ") + what + ": " + cudaGetErrorString(error));
 }
 
@@ -27,7 +35,7 @@ class Current {
     changed_ = true;
   }
   ~Current() {
-    if (changed_) static_cast<void>(cudaSetDevice(before_));
+    if (changed_) forget(cudaSetDevice(before_));
   }
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
@@ -57,7 +65,7 @@ class CudaDevice final : public Device {
     return stream;
   }
   void destroy_stream(Stream stream) noexcept override {
-    static_cast<void>(cudaStreamDestroy(static_cast<cudaStream_t>(stream)));
+    destroy([&] { return cudaStreamDestroy(static_cast<cudaStream_t>(stream)); });
   }
 
   Event create_event() override {
@@ -67,7 +75,7 @@ class CudaDevice final : public Device {
     return event;
   }
   void destroy_event(Event event) noexcept override {
-    static_cast<void>(cudaEventDestroy(static_cast<cudaEvent_t>(event)));
+    destroy([&] { return cudaEventDestroy(static_cast<cudaEvent_t>(event)); });
   }
 
   void record(Event event, Stream stream) override {
@@ -79,15 +87,14 @@ class CudaDevice final : public Device {
     check(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(event), 0), "stream wait");
   }
   bool query(Event event) override {
+    const Current current(index_);
     const cudaError_t state = cudaEventQuery(static_cast<cudaEvent_t>(event));
-    if (state == cudaErrorNotReady) {
-      static_cast<void>(cudaGetLastError());  // no error: it must not turn up at the next launch
-      return false;
-    }
-    check(state, "event query");
-    return true;
+    if (state != cudaErrorNotReady) return check(state, "event query"), true;
+    forget(state);
+    return false;
   }
   void synchronize(Event event) override {
+    const Current current(index_);
     count_host_wait();
     check(cudaEventSynchronize(static_cast<cudaEvent_t>(event)), "event synchronize");
   }
@@ -97,15 +104,27 @@ class CudaDevice final : public Device {
           "copy");
   }
 
+  void enter_thread() override { check(cudaSetDevice(index_), "choice of device"); }
+
   void register_host(void* pointer, size_t bytes) override {
     const Current current(index_);
-    const cudaError_t error = cudaHostRegister(pointer, bytes, cudaHostRegisterPortable);
-    if (error != cudaSuccess) static_cast<void>(cudaGetLastError());  // whoever asked may go on without
-    check(error, "host memory registration");
+    check(cudaHostRegister(pointer, bytes, cudaHostRegisterPortable), "host memory registration");
   }
-  void unregister_host(void* pointer) noexcept override { static_cast<void>(cudaHostUnregister(pointer)); }
+  void unregister_host(void* pointer) noexcept override {
+    destroy([&] { return cudaHostUnregister(pointer); });
+  }
 
  private:
+  template <class Call>
+  void destroy(const Call& call) noexcept {
+    if (is_left_behind()) return;
+    try {
+      const Current current(index_);
+      forget(call());
+    } catch (const DeviceError&) {  // the device is lost, and what it had
+    }
+  }
+
   const int index_;
 };
 
@@ -114,6 +133,7 @@ class CudaDevice final : public Device {
 std::shared_ptr<Device> make_gpu_device(int index) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
+  forget(error);
   if (error != cudaSuccess || index < 0 || index >= count) {
     const std::string found = error == cudaSuccess ? std::to_string(count) : cudaGetErrorString(error);
     throw std::invalid_argument("device: expected the number of a CUDA GPU, got " + std::to_string(index) +

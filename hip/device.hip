@@ -1,9 +1,9 @@
 // An AMD GPU as the pager sees it (device_api.h), over the HIP runtime.
 //
 // Copy streams do not block the null stream, and events carry no times: they order, and nothing else. HIP keeps the
-// current device in the thread, and the pager's readers have threads of their own: a call that needs the device makes
-// it current and puts back what was. Registered memory, not hipHostMalloc's: amdgpu caps what a driver allocates for
-// the host well below what it lets be registered.
+// current device in the thread: a call makes this one current and puts back what was, but for threads of the pager's
+// own, which choose it for good (enter_thread). Registered memory, not hipHostMalloc's: amdgpu caps what a driver
+// allocates for the host well below what it lets be registered.
 #include <hip/hip_runtime.h>
 
 #include <stdexcept>
@@ -15,7 +15,14 @@
 namespace usaf {
 namespace {
 
+// What an error leaves behind is taken away: it is told by an exception or not at all, and must not turn up at the
+// next launch of a kernel.
+void forget(hipError_t error) {
+  if (error != hipSuccess) static_cast<void>(hipGetLastError());
+}
+
 void check(hipError_t error, const char* what) {
+  forget(error);
   if (error != hipSuccess) throw DeviceError(std::string("HIP ") + what + ": " + hipGetErrorString(error));
 }
 
@@ -28,7 +35,7 @@ class Current {
     changed_ = true;
   }
   ~Current() {
-    if (changed_) static_cast<void>(hipSetDevice(before_));
+    if (changed_) forget(hipSetDevice(before_));
   }
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
@@ -58,7 +65,7 @@ class HipDevice final : public Device {
     return stream;
   }
   void destroy_stream(Stream stream) noexcept override {
-    static_cast<void>(hipStreamDestroy(static_cast<hipStream_t>(stream)));
+    destroy([&] { return hipStreamDestroy(static_cast<hipStream_t>(stream)); });
   }
 
   Event create_event() override {
@@ -68,7 +75,7 @@ class HipDevice final : public Device {
     return event;
   }
   void destroy_event(Event event) noexcept override {
-    static_cast<void>(hipEventDestroy(static_cast<hipEvent_t>(event)));
+    destroy([&] { return hipEventDestroy(static_cast<hipEvent_t>(event)); });
   }
 
   void record(Event event, Stream stream) override {
@@ -80,15 +87,14 @@ class HipDevice final : public Device {
     check(hipStreamWaitEvent(static_cast<hipStream_t>(stream), static_cast<hipEvent_t>(event), 0), "stream wait");
   }
   bool query(Event event) override {
+    const Current current(index_);
     const hipError_t state = hipEventQuery(static_cast<hipEvent_t>(event));
-    if (state == hipErrorNotReady) {
-      static_cast<void>(hipGetLastError());  // no error: it must not turn up at the next launch
-      return false;
-    }
-    check(state, "event query");
-    return true;
+    if (state != hipErrorNotReady) return check(state, "event query"), true;
+    forget(state);
+    return false;
   }
   void synchronize(Event event) override {
+    const Current current(index_);
     count_host_wait();
     check(hipEventSynchronize(static_cast<hipEvent_t>(event)), "event synchronize");
   }
@@ -98,15 +104,27 @@ class HipDevice final : public Device {
           "copy");
   }
 
+  void enter_thread() override { check(hipSetDevice(index_), "choice of device"); }
+
   void register_host(void* pointer, size_t bytes) override {
     const Current current(index_);
-    const hipError_t error = hipHostRegister(pointer, bytes, hipHostRegisterPortable);
-    if (error != hipSuccess) static_cast<void>(hipGetLastError());  // whoever asked may go on without
-    check(error, "host memory registration");
+    check(hipHostRegister(pointer, bytes, hipHostRegisterPortable), "host memory registration");
   }
-  void unregister_host(void* pointer) noexcept override { static_cast<void>(hipHostUnregister(pointer)); }
+  void unregister_host(void* pointer) noexcept override {
+    destroy([&] { return hipHostUnregister(pointer); });
+  }
 
  private:
+  template <class Call>
+  void destroy(const Call& call) noexcept {
+    if (is_left_behind()) return;
+    try {
+      const Current current(index_);
+      forget(call());
+    } catch (const DeviceError&) {  // the device is lost, and what it had
+    }
+  }
+
   const int index_;
 };
 
@@ -115,6 +133,7 @@ class HipDevice final : public Device {
 std::shared_ptr<Device> make_gpu_device(int index) {
   int count = 0;
   const hipError_t error = hipGetDeviceCount(&count);
+  forget(error);
   if (error != hipSuccess || index < 0 || index >= count) {
     const std::string found = error == hipSuccess ? std::to_string(count) : hipGetErrorString(error);
     throw std::invalid_argument("device: expected the number of a HIP GPU, got " + std::to_string(index) +

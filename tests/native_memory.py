@@ -29,10 +29,14 @@ _SOURCES = (
     "cpp/memory/pager_copies.cpp",
     "cpp/memory/pager_state.cpp",
 )
-_POINTERS = ("create_stream", "create_event", "device_cpu", "device_lazy", "device_troubled", "rig_new", "files_new")
+_POINTERS = (
+    *("create_stream", "create_event", "device_cpu", "device_lazy", "device_troubled", "rig_new", "files_new"),
+    *("registration_new", "store_new", "store_base"),
+)
 _TEXTS = ("last_error_kind", "last_error_text", "device_name")
 _NOTHING = (
-    *("device_free", "destroy_stream", "destroy_event", "troubled_refuse", "troubled_fail"),
+    *("device_free", "destroy_stream", "destroy_event", "troubled_refuse", "troubled_fail", "troubled_fail_waits"),
+    *("troubled_registrable", "registration_free", "store_free"),
     *("rig_free", "rig_unreadable_page", "rig_read_microseconds", "files_free", "trouble_pread"),
 )
 READ_FAULTS = ("none", "ignores_copies", "ends_early")

@@ -6,12 +6,14 @@ Runs where there is a GPU that this build has kernels for, and in the emulated b
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 
 import devices
 import pytest
 import torch
 from bnb_checkpoints import bnb_expert
+from child_processes import check_child
 from expert_layers import DTYPES, EXPERTS, FORMATS, HIDDEN, INTERMEDIATE, relative_error, routing, selection, weights
 from usaf_ext import _C
 from usaf_ext.bank import RowBank
@@ -299,3 +301,54 @@ def test_a_copy_that_fails_is_a_device_error_and_no_end():
     with pytest.raises(DeviceError, match=r"(CUDA|HIP) copy: invalid argument"):
         layer(*(tensor.to(GPU) for tensor in arguments[:3]))
     assert all(map(torch.equal, run_layer(layer, *arguments), expected))
+
+
+@emulated_only
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_pager_of_another_device_than_the_threads_current_one(tmp_path, current):
+    """Every call is made with its device current, and its readers leave nothing on the one that threads begin with."""
+    in_memory = make_store()
+    in_memory.save(tmp_path / "store")
+    store = ExpertStore.open(tmp_path / "store", tier="disk").native
+    page_bytes = in_memory.layout.page_bytes
+    slab = torch.zeros(5 * page_bytes, dtype=torch.uint8)
+    aligned = -(-slab.data_ptr() // 64) * 64
+    gc.collect()
+    runtime().emulated_set_devices(2)
+    try:
+        assert runtime().emulated_set_device(current) == 0
+        pager = _C.ExpertPager(store, aligned, 4, slab, 2, _C.open_device(GPU.type, 1))
+        for layer in (0, 1, 0):
+            for ticket in pager.prefetch(layer, list(range(EXPERTS)), "inference"):
+                pager.wait(ticket)
+                for address, expert in zip(pager.pages(ticket), pager.experts_of(ticket)):
+                    start = address - slab.data_ptr()
+                    expected = bytes(in_memory.native.page(layer, expert))
+                    assert slab[start : start + page_bytes].numpy().tobytes() == expected
+                pager.release(ticket)
+        assert pager.registered_buffers == (2 * page_bytes, "")
+        del pager
+        assert runtime().emulated_calls_elsewhere() == 0
+        assert runtime().emulated_is_used(1)
+        assert runtime().emulated_is_used(0) == (current == 0)
+    finally:
+        runtime().emulated_set_devices(1)
+        runtime().emulated_set_device(0)
+
+
+@emulated_only
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_a_child_drops_a_layer_and_calls_no_driver(tmp_path, tier):
+    make_store(num_layers=1).save(tmp_path / "store")
+    layers = make_layers(ExpertStore.open(tmp_path / "store", tier=tier), GPU)
+    expected = run_layer(layers[0], *case())
+    gc.collect()
+
+    def drop():
+        layers.clear()
+        gc.collect()
+
+    check_child(drop)
+    for tensor in (layers[0].bank.grad, layers[0].bank.grad_squares):
+        tensor.zero_()
+    assert all(map(devices.same_bits, run_layer(layers[0], *case()), expected))

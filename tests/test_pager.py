@@ -240,7 +240,8 @@ def test_a_failed_copy_is_an_error_of_the_wait_and_is_done_again(make_pager):
     for ticket in pager.prefetch(0, [0, 1, 2, 3], "inference"):
         pager.wait(ticket)
         assert all(pager.page_is(page, i) for page, i in zip(pager.pages(ticket), pager.experts_of(ticket)))
-    assert pager.stats() == {"page_hits": 3, "page_misses": 5, "bytes_in": 5 * pager.page_bytes}
+    # The copies of a group share an event, so the pages of the group are lost together.
+    assert pager.stats() == {"page_hits": 2, "page_misses": 6, "bytes_in": 6 * pager.page_bytes}
     assert second > first
 
 

@@ -268,6 +268,43 @@ def test_a_refused_copy_is_an_error_of_the_wait(make_pager):
         wait_and_check(pager, ticket)
 
 
+def test_a_failed_copy_is_an_error_of_the_wait_and_is_done_again(make_pager):
+    pager = make_pager(1, 8, 4, "troubled", num_buffers=2)
+    pager.device.troubled_fail(1)
+    first, second = pager.prefetch(0, [0, 1, 2, 3], "inference")
+    fine = []
+    for ticket in (first, second):  # whichever page was copied second
+        with contextlib.suppress(DeviceError):
+            wait_and_check(pager, ticket)
+            fine.append(ticket)
+    (failed,) = {first, second} - set(fine)
+    with pytest.raises(DeviceError, match="null pointer"):
+        pager.wait(failed)
+    pager.reset()
+    for ticket in pager.prefetch(0, list(range(8)), "inference"):  # through the same two buffers
+        wait_and_check(pager, ticket)
+        pager.release(ticket)
+
+
+def test_nothing_is_read_over_a_copy_that_cannot_be_waited_for(make_pager):
+    pager = make_pager(1, 8, 8, "troubled", num_buffers=2)
+    (ticket,) = pager.prefetch(0, [0, 1], "inference")
+    wait_and_check(pager, ticket)
+    pager.release(ticket)
+    pager.device.troubled_fail_waits(1)
+    for _ in range(3):
+        (ticket,) = pager.prefetch(0, [2, 3], "inference")
+        with pytest.raises(DeviceError, match="wait failed"):
+            pager.wait(ticket)
+        pager.reset()
+        with pytest.raises(DeviceError, match="wait failed"):
+            pager.resize_ring(2)
+    pager.device.troubled_fail_waits(0)
+    for ticket in pager.prefetch(0, list(range(8)), "inference"):
+        wait_and_check(pager, ticket)
+    pager.resize_ring(2)
+
+
 def test_a_reset_from_another_thread_ends_a_wait(make_pager):
     pager = make_pager(1, 4, 4, "cpu", num_buffers=2)
     pager.set_read_time(100_000)

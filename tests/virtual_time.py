@@ -47,7 +47,8 @@ class _LayerWork(ctypes.Structure):
 
 class Figures(ctypes.Structure):
     """Sums since the start. compute_end: when the last kernel ends. stall_seconds: kernels that nothing but an event
-    kept from starting; launch_seconds: nothing but the host. host_waits: of the host for an event."""
+    kept from starting; launch_seconds: nothing but the host. host_waits: of the host for an event. event_calls:
+    records, and waits of streams."""
 
     _fields_ = [
         ("compute_end", ctypes.c_double),
@@ -57,6 +58,7 @@ class Figures(ctypes.Structure):
         ("launch_seconds", ctypes.c_double),
         ("host_waits", ctypes.c_int64),
         ("host_wait_seconds", ctypes.c_double),
+        ("event_calls", ctypes.c_int64),
         ("page_hits", ctypes.c_int64),
         ("page_misses", ctypes.c_int64),
         ("wrong_reads", ctypes.c_int64),

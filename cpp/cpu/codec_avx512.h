@@ -177,8 +177,8 @@ USAF_AVX512 inline __m512i encode(__m512 normalized) {
     const __m512i bin = _mm512_castps_si512(_mm512_add_ps(bounded, _mm512_set1_ps(kNf4LookupShift)));
     const __m512 bound =
         _mm512_permutex2var_ps(_mm512_loadu_ps(kNf4Lookup32.bound), bin, _mm512_loadu_ps(kNf4Lookup32.bound + 16));
-    const __m512i base =
-        _mm512_permutex2var_epi32(_mm512_loadu_si512(kNf4Lookup32.base), bin, _mm512_loadu_si512(kNf4Lookup32.base + 16));
+    const __m512i base = _mm512_permutex2var_epi32(_mm512_loadu_si512(kNf4Lookup32.base), bin,
+                                                   _mm512_loadu_si512(kNf4Lookup32.base + 16));
     const __mmask16 above = _mm512_cmp_ps_mask(normalized, bound, _CMP_GT_OQ);
     return _mm512_mask_add_epi32(base, above, base, _mm512_set1_epi32(1));
   } else if constexpr (kFormat == Format::int8) {

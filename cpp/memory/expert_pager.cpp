@@ -53,7 +53,10 @@ void ExpertPager::check_buffers(int64_t num_buffers, bool on_disk) const {
   }
 }
 
-ExpertPager::~ExpertPager() = default;
+ExpertPager::~ExpertPager() {
+  // The readers that its parts would wait for stayed in the parent.
+  if (device_->is_left_behind()) static_cast<void>(state_.release());
+}
 
 std::vector<ExpertPager::Ticket> ExpertPager::prefetch(int64_t layer, const std::vector<int64_t>& experts,
                                                        Phase phase) {
@@ -106,21 +109,30 @@ void ExpertPager::wait(Ticket ticket, Device::Stream compute_stream) {
   state_->pump();
   state_->await_copies(ticket, lock);
 
-  // The slots are held, so their events stay; reads that end meanwhile need the mutex.
+  // Reads that end meanwhile need the mutex; the marks keep their events.
   const std::vector<int64_t> slots = state_->find(ticket)->second.slots;
+  const std::vector<SharedMark> copies = state_->copies_to_await(slots, compute_stream);
+  std::vector<std::exception_ptr> failures(copies.size());
   lock.unlock();
-  std::exception_ptr failure;
-  std::vector<int64_t> lost;
-  for (int64_t index : slots) {
+  for (size_t i = 0; i < copies.size(); ++i) {
     try {
-      device_->stream_wait(compute_stream, state_->slot_at(index).ready);
-    } catch (const DeviceError&) {
-      lost.push_back(index);
-      if (!failure) failure = std::current_exception();
+      device_->stream_wait(compute_stream, copies[i]->event);
+    } catch (...) {
+      failures[i] = std::current_exception();
     }
   }
   lock.lock();
-  for (int64_t index : lost) state_->forget(state_->slot_at(index));
+  std::exception_ptr failure;
+  for (size_t i = 0; i < copies.size(); ++i) {
+    if (!failures[i]) {
+      copies[i]->awaited_by = compute_stream;
+      continue;
+    }
+    if (!failure) failure = failures[i];
+    for (int64_t index : slots) {
+      if (state_->slot_at(index).ready == copies[i]) state_->forget(state_->slot_at(index));
+    }
+  }
   state_->stats.stall_seconds += seconds_since(start);
   if (failure) std::rethrow_exception(failure);
   State::Group& waited = state_->find(ticket)->second;

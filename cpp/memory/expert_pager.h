@@ -42,7 +42,7 @@ class ExpertPager {
   // buffers that a store in memory has no use for.
   ExpertPager(std::shared_ptr<Device> device, std::shared_ptr<const ExpertStore> store, void* slab, int64_t num_slots,
               int64_t num_buffers = 0, std::unique_ptr<PageReader> reader = nullptr);
-  ~ExpertPager();  // waits for reads and copies in flight
+  ~ExpertPager();  // waits for reads and copies in flight; in a child of fork() for nothing, and gives nothing back
   ExpertPager(const ExpertPager&) = delete;
   ExpertPager& operator=(const ExpertPager&) = delete;
 
@@ -70,6 +70,7 @@ class ExpertPager {
   std::vector<const uint8_t*> pages(Ticket ticket) const;
 
   // After the last use by `compute_stream`: the group's slots may be refilled behind that. Starts queued copies.
+  // A stream that wait() or release() is given lives as long as the pager: one that it knows is not made to wait twice.
   // Throws std::invalid_argument for a ticket that was not waited for (cancel it instead).
   void release(Ticket ticket, Device::Stream compute_stream);
 

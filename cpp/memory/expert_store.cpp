@@ -1,7 +1,9 @@
 #include "expert_store.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
@@ -52,8 +54,9 @@ ExpertStore::ExpertStore(int64_t num_layers, int64_t num_experts, const PageLayo
 }
 
 ExpertStore::~ExpertStore() {
+  const bool gone = registration_ && registration_->is_left_behind();
   registration_.reset();
-  if (base_) munmap(base_, static_cast<size_t>(bytes()));
+  if (base_ && !gone) munmap(base_, static_cast<size_t>(bytes()));
 }
 
 int64_t ExpertStore::page_number(int64_t layer, int64_t expert) const {
@@ -89,12 +92,13 @@ uint8_t* ExpertStore::writable_page(int64_t layer, int64_t expert) {
 
 void ExpertStore::seal() {
   if (sealed_) return;
-  protect(PROT_READ);
+  protect(registration_ ? registration_->bytes() : 0, PROT_READ);
   sealed_ = true;
 }
 
-void ExpertStore::protect(int access) const {
-  if (mprotect(base_, static_cast<size_t>(bytes()), access) != 0) {
+void ExpertStore::protect(int64_t from, int access) const {
+  const int64_t start = std::min(round_up(from, sysconf(_SC_PAGESIZE)), bytes());
+  if (start < bytes() && mprotect(base_ + start, static_cast<size_t>(bytes() - start), access) != 0) {
     throw StoreError(std::string("ExpertStore: cannot change the protection of the pages: ") + std::strerror(errno));
   }
 }
@@ -102,10 +106,10 @@ void ExpertStore::protect(int access) const {
 const HostRegistration& ExpertStore::register_with(std::shared_ptr<Device> device) {
   if (on_disk()) throw StoreError("the store is on disk: there is no memory to register");
   if (!registration_) {
-    // Drivers pin memory for writing too, and refuse what is read-only meanwhile.
-    if (sealed_) protect(PROT_READ | PROT_WRITE);
+    // Drivers pin memory for writing too. What they take stays writable: its protection must not change any more.
+    if (sealed_) protect(0, PROT_READ | PROT_WRITE);
     registration_.emplace(std::move(device), base_, bytes(), layout_.page_bytes);
-    if (sealed_) protect(PROT_READ);
+    if (sealed_) protect(registration_->bytes(), PROT_READ);
   }
   return *registration_;
 }

@@ -1,5 +1,7 @@
 #include "host_registration.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -19,6 +21,7 @@ HostRegistration::HostRegistration(std::shared_ptr<Device> device, uint8_t* base
   } catch (const DeviceError& error) {
     failure_ = error.what();
   }
+  if (bytes_ > 0) madvise(base_, static_cast<size_t>(bytes_), MADV_DONTFORK);  // refused, a fork is slow, but right
 }
 
 HostRegistration& HostRegistration::operator=(HostRegistration&& other) noexcept {
@@ -33,7 +36,10 @@ HostRegistration& HostRegistration::operator=(HostRegistration&& other) noexcept
 }
 
 void HostRegistration::release() noexcept {
-  for (int64_t start = 0; start < bytes_; start += slab_bytes_) device_->unregister_host(base_ + start);
+  if (bytes_ > 0 && !device_->is_left_behind()) {
+    for (int64_t start = 0; start < bytes_; start += slab_bytes_) device_->unregister_host(base_ + start);
+    madvise(base_, static_cast<size_t>(bytes_), MADV_DOFORK);
+  }
   bytes_ = 0;
 }
 

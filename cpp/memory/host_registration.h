@@ -2,6 +2,10 @@
 //
 // In slabs, each registered by itself, so that where the system or the driver sets a limit, what is below it is pinned
 // all the same. The rest is pageable: copies from it are right, but slow, and the host waits for them.
+//
+// Two things must not happen to registered memory. Its protection must not change: amdgpu would stop the queues, find
+// the memory read-only where it asks for writing, and try again for ever. And a fork() must not share it: a driver's
+// pages are copied for the child at once, all of them, or driven out. So children do not get it.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -26,6 +30,9 @@ class HostRegistration {
 
   int64_t bytes() const { return bytes_; }                 // registered, from the base on
   const std::string& failure() const { return failure_; }  // why not more, or empty
+
+  // In a child of fork() none of it is there, and its owner must not unmap it.
+  bool is_left_behind() const { return bytes_ > 0 && device_->is_left_behind(); }
 
   // No copy may be under way.
   void release() noexcept;

@@ -48,12 +48,9 @@ void ThreadedPageReader::stop() noexcept {
 
 std::exception_ptr ThreadedPageReader::perform(const PageRead& read) const noexcept {
   try {
+    device_->enter_thread();  // each time, which costs next to nothing, so that a read tells if it fails
+    // If this fails the copy may still run: no read. A copy that failed is told to whoever waits for its page.
     if (read.busy != nullptr) device_->synchronize(read.busy);
-  } catch (const DeviceError&) {  // the copy failed, so it is over; whoever waits for its page is told
-  } catch (...) {
-    return std::current_exception();
-  }
-  try {
     read_page_(read.page, read.buffer);
   } catch (...) {
     return std::current_exception();

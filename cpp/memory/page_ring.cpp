@@ -34,7 +34,10 @@ PageRing::PageRing(std::shared_ptr<Device> device, int64_t num_pages, int64_t pa
 }
 
 PageRing::~PageRing() {
-  wait_for_copies();
+  try {
+    wait_for_copies();
+  } catch (const DeviceError&) {  // nothing more can be waited for
+  }
   destroy();
 }
 
@@ -46,12 +49,9 @@ void PageRing::destroy() noexcept {
   munmap(base_, buffers_.size() * static_cast<size_t>(page_bytes_));
 }
 
-void PageRing::wait_for_copies() noexcept {
+void PageRing::wait_for_copies() {
   for (Buffer& buffer : buffers_) {
-    try {
-      device_->synchronize(buffer.copy);
-    } catch (const DeviceError&) {  // the copy failed, so it is over
-    }
+    if (buffer.copying) device_->synchronize(buffer.copy);
     buffer.copying = false;
   }
 }
@@ -106,9 +106,12 @@ int64_t PageRing::finish(int64_t buffer_index, bool succeeded) {
   Buffer& buffer = buffers_[static_cast<size_t>(buffer_index)];
   const int64_t page = buffer.page;
   buffer.reading = false;
-  buffer.copying = false;  // the read began behind the copy
   --num_reading_;
-  if (!succeeded) forget(buffer);
+  if (succeeded) {
+    buffer.copying = false;  // the read began behind the copy
+  } else {
+    forget(buffer);
+  }
   return page;
 }
 

@@ -42,11 +42,12 @@ class PageRing {
   // The read is over; returns its page.
   int64_t finish(int64_t buffer_index, bool succeeded);
 
-  // A copy out of the page's buffer was queued on `stream`.
+  // A copy out of the page's buffer was queued on `stream`. Its failure must have been taken by an earlier record: to
+  // the ring an event that cannot be waited for is a copy that may still run.
   void record_copy(int64_t page, Device::Stream stream);
 
   // Use only the first `num_buffers`, at most max_buffers(), and give the memory of the others back.
-  // No read may be under way; waits for copies.
+  // No read may be under way; waits for copies. Throws, with nothing changed, when that fails.
   void resize(int64_t num_buffers);
 
  private:
@@ -62,7 +63,7 @@ class PageRing {
   uint8_t* address(int64_t index) const { return base_ + index * page_bytes_; }
   bool is_copying(Buffer& buffer);
   void forget(Buffer& buffer);
-  void wait_for_copies() noexcept;
+  void wait_for_copies();
   void destroy() noexcept;
 
   std::shared_ptr<Device> device_;

@@ -20,34 +20,56 @@ void State::pump() {
   std::vector<int64_t> missing;
   for (const auto& [ticket, group] : groups) {
     if (group.waited) continue;
+    std::vector<int64_t> copied;
     for (size_t i = 0; i < group.experts.size(); ++i) {
       const int64_t page = page_of(group, i), index = find_slot(page);
       if ((index >= 0 && !slot_at(index).pending) || failed.contains(page)) continue;
       const uint8_t* source = ring ? ring->ready(page) : store.page(group.layer, group.experts[i]);
       if (index >= 0 && source != nullptr) {
-        copy(index, source);
+        if (copy(index, source)) copied.push_back(index);
       } else if (ring) {
         missing.push_back(page);
       }
     }
+    finish_copies(copied);
   }
   if (ring && !paused) read_missing(missing);
 }
 
-void State::copy(int64_t slot_index, const uint8_t* source) {
+// False if it cannot be queued. The slot is pending until finish_copies(), and stays so after a failure; the copy
+// stream keeps a later refill in order.
+bool State::copy(int64_t slot_index, const uint8_t* source) {
   Slot& slot = slot_at(slot_index);
   const int64_t bytes = store.layout().page_bytes;
   try {
-    device->stream_wait(copy_stream, slot.released);
+    if (slot.released) make_wait(copy_stream, *slot.released);
     device->copy_async(slab + slot_index * bytes, source, bytes, copy_stream);
-    device->record(slot.ready, copy_stream);  // the first record after the copy: it carries the copy's failure
-    if (ring) ring->record_copy(slot.page, copy_stream);
-  } catch (const DeviceError&) {  // the slot stays pending; the copy stream keeps a later refill in order
+  } catch (const DeviceError&) {
     failed[slot.page] = std::current_exception();
+    return false;
+  }
+  return true;
+}
+
+void State::finish_copies(const std::vector<int64_t>& slot_indices) {
+  if (slot_indices.empty()) return;
+  SharedMark mark;
+  try {
+    mark = marks.record(copy_stream);  // the first record after the copies: it carries their failure
+    if (ring) {
+      for (int64_t index : slot_indices) ring->record_copy(slot_at(index).page, copy_stream);
+    }
+  } catch (const DeviceError&) {
+    for (int64_t index : slot_indices) failed[slot_at(index).page] = std::current_exception();
     return;
   }
-  slot.pending = false;
-  stats.bytes_in += bytes;
+  for (int64_t index : slot_indices) {
+    Slot& slot = slot_at(index);
+    slot.ready = mark;
+    slot.released.reset();
+    slot.pending = false;
+  }
+  stats.bytes_in += static_cast<int64_t>(slot_indices.size()) * store.layout().page_bytes;
 }
 
 // `missing`: pages that groups ask for and that are not on the device, in the order of their use.

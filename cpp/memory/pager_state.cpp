@@ -18,15 +18,12 @@ State::State(std::shared_ptr<Device> device_in, const ExpertStore& store, uint8_
       slab(slab),
       num_experts(store.num_experts()),
       order{store.num_layers(), num_experts},
+      marks(device),
       slots(static_cast<size_t>(num_slots)),
       slot_of_page(static_cast<size_t>(store.num_layers() * num_experts), -1),
       reader(std::move(page_reader)) {
   try {
     copy_stream = device->create_stream();
-    for (Slot& slot : slots) {
-      slot.ready = device->create_event();
-      slot.released = device->create_event();
-    }
     if (reader) {
       const int64_t num_pages = store.num_layers() * num_experts;
       ring = std::make_unique<PageRing>(device, num_pages, store.layout().page_bytes, num_buffers);
@@ -36,29 +33,19 @@ State::State(std::shared_ptr<Device> device_in, const ExpertStore& store, uint8_
       });
     }
   } catch (...) {
-    destroy_handles();
+    if (copy_stream) device->destroy_stream(copy_stream);
     throw;
   }
 }
 
 State::~State() {
   if (reader) reader->stop();
-  for (Slot& slot : slots) {
-    try {
-      device->synchronize(slot.ready);
-    } catch (const DeviceError&) {  // the copy failed, so it is over
-    }
+  try {
+    device->synchronize(marks.record(copy_stream)->event);
+  } catch (const DeviceError&) {  // a copy failed, or the device did: nothing more can be waited for
   }
   ring.reset();
-  destroy_handles();
-}
-
-void State::destroy_handles() noexcept {
-  for (Slot& slot : slots) {
-    if (slot.ready) device->destroy_event(slot.ready);
-    if (slot.released) device->destroy_event(slot.released);
-  }
-  if (copy_stream) device->destroy_stream(copy_stream);
+  device->destroy_stream(copy_stream);
 }
 
 // ---- groups ----
@@ -141,6 +128,7 @@ bool State::needs(const Group& group, int64_t page) const {
 }
 
 std::optional<std::vector<int64_t>> State::find_victims(const Group& group, size_t count, bool look_ahead) const {
+  if (count == 0) return std::vector<int64_t>();  // mostly: what follows looks at every slot
   struct Candidate {
     int64_t next_use, slot;
     bool free;
@@ -157,27 +145,28 @@ std::optional<std::vector<int64_t>> State::find_victims(const Group& group, size
     if (look_ahead && free && slot.page != kNoPage && current && next_use(*current, slot.page) < own_use) continue;
     candidates.push_back({slot.page == kNoPage ? never : next_use(here, slot.page), static_cast<int64_t>(i), free});
   }
-  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
+  if (candidates.size() < count) return std::nullopt;
+  const auto better = [](const Candidate& a, const Candidate& b) {
     return a.next_use != b.next_use ? a.next_use > b.next_use : a.slot < b.slot;
-  });
+  };
+  const auto last = candidates.begin() + static_cast<std::ptrdiff_t>(count) - 1;
 
   // Ahead of its time a group of a training step takes only what it would take at its time; any page of the same
   // layer is as good, but for its own layer, which a small budget uses again at the turn. Inference always reuses the
   // pages just used: waiting for those would mean no copy beside the computation, so there it takes the best free.
   int64_t nearest_allowed = std::numeric_limits<int64_t>::min();
-  if (look_ahead && group.phase != Phase::inference && count > 0) {
-    if (candidates.size() < count) return std::nullopt;
-    const Candidate& last = candidates[count - 1];
-    const int64_t page = slots[static_cast<size_t>(last.slot)].page;
-    nearest_allowed = last.next_use;
+  if (look_ahead && group.phase != Phase::inference) {
+    std::nth_element(candidates.begin(), last, candidates.end(), better);
+    const int64_t page = slots[static_cast<size_t>(last->slot)].page;
+    nearest_allowed = last->next_use;
     if (page == kNoPage || page / num_experts != group.layer) nearest_allowed -= nearest_allowed % num_experts;
   }
+  std::erase_if(candidates, [&](const Candidate& c) { return !c.free || c.next_use < nearest_allowed; });
+  if (candidates.size() < count) return std::nullopt;
+  std::partial_sort(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(count), candidates.end(),
+                    better);
   std::vector<int64_t> victims;
-  for (const Candidate& candidate : candidates) {
-    if (victims.size() == count || candidate.next_use < nearest_allowed) break;
-    if (candidate.free) victims.push_back(candidate.slot);
-  }
-  if (victims.size() < count) return std::nullopt;
+  for (size_t i = 0; i < count; ++i) victims.push_back(candidates[i].slot);
   return victims;
 }
 
@@ -221,12 +210,28 @@ void State::drop_hold(Slot& slot) {
 // Later refills of the group's slots come after what `stream` was given so far.
 void State::record_release(const Group& group, Device::Stream stream) {
   for (int64_t index : group.slots) {
-    Slot& slot = slot_at(index);
-    // One event a slot: an earlier use by another stream is handed to the copy stream before it is overwritten.
-    if (slot.released_on != stream) device->stream_wait(copy_stream, slot.released);
-    device->record(slot.released, stream);
-    slot.released_on = stream;
+    // A slot knows its latest use only: an earlier one by another stream is handed to the copy stream.
+    const SharedMark& earlier = slot_at(index).released;
+    if (earlier && earlier->stream != stream) make_wait(copy_stream, *earlier);
   }
+  const SharedMark mark = marks.record(stream);
+  for (int64_t index : group.slots) slot_at(index).released = mark;
+}
+
+std::vector<SharedMark> State::copies_to_await(const std::vector<int64_t>& slot_indices, Device::Stream stream) {
+  std::vector<SharedMark> found;
+  for (int64_t index : slot_indices) {
+    const SharedMark& ready = slot_at(index).ready;
+    if (ready->is_awaited_by(stream) || std::find(found.begin(), found.end(), ready) != found.end()) continue;
+    found.push_back(ready);
+  }
+  return found;
+}
+
+void State::make_wait(Device::Stream stream, StreamMark& mark) {
+  if (mark.is_awaited_by(stream)) return;
+  device->stream_wait(stream, mark.event);
+  mark.awaited_by = stream;
 }
 
 }  // namespace usaf

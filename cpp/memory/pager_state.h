@@ -7,6 +7,9 @@
 //     their next use *after* the group is Belady's rule on the whole sequence, however far ahead the copies run;
 //   - a slot that an admitted group uses (`holds` above 0) is not refilled; a pending slot has holds above 0;
 //   - a slot's copy runs behind its latest use, on the copy stream (`released`);
+//   - the copies that one pump() queues for a group share an event, recorded behind them, and so do the uses that one
+//     release() ends. A stream waits once for each event that its group's slots have: for all of several (copies from
+//     disk are queued as their reads end), since only the first one behind a copy tells of its failure;
 //   - a ring buffer is read to only behind its latest copy, and copied from only when its read is over;
 //   - the first page that is missing can always be read, whatever the ring holds for later ones: no wait is for ever.
 #pragma once
@@ -23,6 +26,7 @@
 #include "expert_pager.h"
 #include "page_reader.h"
 #include "page_ring.h"
+#include "stream_mark.h"
 
 namespace usaf {
 
@@ -33,9 +37,8 @@ struct ExpertPager::State {
     int64_t page = kNoPage;  // layer * num_experts + expert
     int64_t holds = 0;       // admitted groups that use it
     bool pending = false;
-    Device::Event ready = nullptr;     // of its latest copy
-    Device::Event released = nullptr;  // of its latest use
-    Device::Stream released_on = nullptr;
+    SharedMark ready;     // of its latest copy
+    SharedMark released;  // of its latest use; null when the copy stream comes behind that
   };
 
   struct Group {
@@ -51,7 +54,6 @@ struct ExpertPager::State {
   State(std::shared_ptr<Device> device, const ExpertStore& store, uint8_t* slab, int64_t num_slots,
         std::unique_ptr<PageReader> page_reader, int64_t num_buffers);
   ~State();
-  void destroy_handles() noexcept;
 
   // ---- groups ----
   Entry find(Ticket ticket);
@@ -76,10 +78,14 @@ struct ExpertPager::State {
   void forget(Slot& slot);
   void drop_hold(Slot& slot);
   void record_release(const Group& group, Device::Stream stream);
+  void make_wait(Device::Stream stream, StreamMark& mark);
+  // What `stream` does not come behind yet.
+  std::vector<SharedMark> copies_to_await(const std::vector<int64_t>& slot_indices, Device::Stream stream);
 
   // ---- copies and reads (pager_copies.cpp) ----
   void pump();
-  void copy(int64_t slot_index, const uint8_t* source);
+  bool copy(int64_t slot_index, const uint8_t* source);
+  void finish_copies(const std::vector<int64_t>& slot_indices);
   void read_missing(const std::vector<int64_t>& missing);
   int64_t next_read_use(int64_t page) const;
   void read_finished(int64_t buffer_index, std::exception_ptr error);
@@ -94,6 +100,7 @@ struct ExpertPager::State {
   const int64_t num_experts;
   const UseOrder order;
   Device::Stream copy_stream = nullptr;
+  StreamMarks marks;
   std::vector<Slot> slots;
   std::vector<int64_t> slot_of_page;  // or -1
   std::map<Ticket, Group> groups;     // not yet released

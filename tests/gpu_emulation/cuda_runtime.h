@@ -9,7 +9,7 @@ inline constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return emulator::take_last_error(); }
 inline const char* cudaGetErrorString(cudaError_t error) { return emulator::runtime::error_text(error); }
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return emulator::runtime::get_device(device); }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
 
 // The runtime's part, for device.cu.
@@ -17,8 +17,8 @@ using cudaEvent_t = void*;
 enum cudaMemcpyKind { cudaMemcpyDefault };
 inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostRegisterPortable = 1;
 inline constexpr cudaError_t cudaErrorNotReady = emulator::runtime::not_ready;
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : emulator::runtime::invalid_value; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return emulator::runtime::count_devices(count); }
+inline cudaError_t cudaSetDevice(int device) { return emulator::runtime::set_device(device); }
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return *free = size_t{8} << 30, *total = size_t{12} << 30, cudaSuccess;
 }

@@ -2,9 +2,11 @@
 
 #include <link.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -50,9 +52,19 @@ struct Device {
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   void* scheduler_fake_stack = nullptr;
-  int warp = 32, num_threads = 0, last_error = 0;
+  int warp = 32, num_threads = 0;
 };
 Device device;
+
+// By thread. Not thread_local: those are shared memory here.
+struct LastErrors {
+  std::mutex mutex;
+  std::map<pid_t, int> of_thread;
+};
+LastErrors& last_errors() {
+  static LastErrors instance;
+  return instance;
+}
 
 thread_local char shared_anchor;  // lies among the shared variables
 
@@ -233,7 +245,15 @@ const Position& position() { return device.position; }
 int warp_size() { return device.warp; }
 int lane() { return device.current->linear % device.warp; }
 
-int take_last_error() { return std::exchange(device.last_error, 0); }
+int take_last_error() {
+  const std::lock_guard lock(last_errors().mutex);
+  return std::exchange(last_errors().of_thread[gettid()], 0);
+}
+
+void set_last_error(int error) {
+  const std::lock_guard lock(last_errors().mutex);
+  last_errors().of_thread[gettid()] = error;
+}
 
 void launch(dim3 grid, dim3 shape, size_t shared_bytes, void* stream, int warp, const std::function<void()>& body) {
   static std::mutex one_at_a_time;  // torch runs backward passes on a thread of their own
@@ -243,9 +263,8 @@ void launch(dim3 grid, dim3 shape, size_t shared_bytes, void* stream, int warp, 
   const uint64_t threads = uint64_t{shape.x} * shape.y * shape.z;
   const bool valid = threads >= 1 && threads <= kMaxThreads && grid.x >= 1 && grid.x <= 0x7fffffffu && grid.y >= 1 &&
                      grid.y <= kMaxGridYZ && grid.z >= 1 && grid.z <= kMaxGridYZ;
-  device.last_error = std::exchange(control().fail_launch, 0);
-  if (!valid) device.last_error = kInvalidConfiguration;
-  if (device.last_error != 0) return;
+  const int refused = std::exchange(control().fail_launch, 0);
+  if (refused != 0 || !valid) return set_last_error(valid ? refused : kInvalidConfiguration);
 
   device.num_threads = static_cast<int>(threads);
   device.warp = warp;

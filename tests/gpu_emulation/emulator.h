@@ -56,9 +56,11 @@ struct Position {
 };
 const Position& position();
 
-// Runs the whole grid; `body` is one thread of the kernel. The next take_last_error() says whether it could.
+// Runs the whole grid; `body` is one thread of the kernel. The next take_last_error() says whether it could, or what
+// another call of this thread left there before.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, int warp_size, const std::function<void()>& body);
 int take_last_error();
+void set_last_error(int error);  // of the calling thread
 
 void barrier(Site site);
 // Waits for the lanes of `mask`, then returns their contributions; entries outside the mask are not defined.

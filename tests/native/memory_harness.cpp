@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -45,13 +46,16 @@ int64_t guarded(Body body) {
   return -1;
 }
 
-// The CPU device with a worker that is busy before each copy, and copies that fail on demand: where they are queued
-// (throws at once) or where they run (kept for whoever waits).
+// The CPU device with a worker that is busy before each copy, and calls that fail on demand: copies where they are
+// queued (throws at once) or where they run (kept for whoever waits); the host's waits, for events that are not done
+// yet; registration above a limit.
 class TroubledDevice final : public Device {
  public:
   explicit TroubledDevice(int64_t busy_bytes) : busy_(static_cast<size_t>(2 * busy_bytes)) {}
 
   int64_t refuse_copy = -1, fail_copy = -1;  // which of the coming copies, counted from 0; -1: none
+  std::atomic<bool> fail_waits = false;
+  int64_t registrable_bytes = std::numeric_limits<int64_t>::max();
 
   const char* name() const override { return cpu_->name(); }
   MemoryInfo memory_info() const override { return cpu_->memory_info(); }
@@ -61,8 +65,11 @@ class TroubledDevice final : public Device {
   void destroy_event(Event event) noexcept override { cpu_->destroy_event(event); }
   void record(Event event, Stream stream) override { cpu_->record(event, stream); }
   void stream_wait(Stream stream, Event event) override { cpu_->stream_wait(stream, event); }
-  bool query(Event event) override { return cpu_->query(event); }
-  void synchronize(Event event) override { cpu_->synchronize(event); }
+  bool query(Event event) override { return !fail_waits && cpu_->query(event); }
+  void synchronize(Event event) override {
+    if (fail_waits) throw DeviceError("wait failed");
+    cpu_->synchronize(event);
+  }
   void copy_async(void* dst, const void* src, int64_t bytes, Stream stream) override {
     if (refuse_copy >= 0 && refuse_copy-- == 0) throw DeviceError("copy refused");
     const bool fail = fail_copy >= 0 && fail_copy-- == 0;
@@ -70,7 +77,11 @@ class TroubledDevice final : public Device {
     if (half > 0) cpu_->copy_async(busy_.data(), busy_.data() + half, half, stream);
     cpu_->copy_async(dst, fail ? nullptr : src, bytes, stream);
   }
-  void register_host(void* pointer, size_t bytes) override { cpu_->register_host(pointer, bytes); }
+  void register_host(void* pointer, size_t bytes) override {
+    if (static_cast<int64_t>(bytes) > registrable_bytes) throw DeviceError("registration refused");
+    registrable_bytes -= static_cast<int64_t>(bytes);
+    cpu_->register_host(pointer, bytes);
+  }
   void unregister_host(void* pointer) noexcept override { cpu_->unregister_host(pointer); }
 
  private:
@@ -140,6 +151,12 @@ EXPORT void troubled_refuse(std::shared_ptr<Device>* device, int64_t copy) {
 EXPORT void troubled_fail(std::shared_ptr<Device>* device, int64_t copy) {
   static_cast<TroubledDevice&>(**device).fail_copy = copy;
 }
+EXPORT void troubled_fail_waits(std::shared_ptr<Device>* device, int64_t fail) {
+  static_cast<TroubledDevice&>(**device).fail_waits = fail != 0;
+}
+EXPORT void troubled_registrable(std::shared_ptr<Device>* device, int64_t bytes) {
+  static_cast<TroubledDevice&>(**device).registrable_bytes = bytes;
+}
 EXPORT int64_t lazy_run_some(std::shared_ptr<Device>* device, int64_t count, uint64_t seed) {
   return guarded([&] { return static_cast<LazyDevice&>(**device).run_some(count, seed); });
 }
@@ -172,6 +189,24 @@ EXPORT int64_t device_copy(std::shared_ptr<Device>* device, void* dst, const voi
 EXPORT int64_t device_register_host(std::shared_ptr<Device>* device, void* pointer, int64_t bytes) {
   return guarded([&] { return (*device)->register_host(pointer, static_cast<size_t>(bytes)), 0; });
 }
+
+// ---- memory that a device may have registered ----
+
+EXPORT void* registration_new(std::shared_ptr<Device>* device, void* base, int64_t bytes, int64_t slab_bytes) {
+  return new HostRegistration(*device, static_cast<uint8_t*>(base), bytes, 4096, slab_bytes);
+}
+EXPORT void registration_free(HostRegistration* registration) { delete registration; }
+
+// A store in memory, of pages of 4096 bytes that nobody writes, sealed before or after it is registered.
+EXPORT void* store_new(std::shared_ptr<Device>* device, int64_t num_pages, int64_t seal_first) {
+  auto store = std::make_unique<ExpertStore>(1, num_pages, make_page_layout(Format::bf16, 64, 8));
+  if (seal_first) store->seal();
+  store->register_with(*device);
+  store->seal();
+  return store.release();
+}
+EXPORT const void* store_base(ExpertStore* store) { return store->page(0, 0); }
+EXPORT void store_free(ExpertStore* store) { delete store; }
 
 // ---- store and pager ----
 

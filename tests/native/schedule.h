@@ -73,8 +73,10 @@ class Schedule {
     sweep_->for_each_expert(layer, routed, dense, phase, compute_, [&](const uint8_t* page, int64_t expert) {
       if (forgetful_) forgetful_->read(page);
       const uint8_t* expected = store_->page(layer, expert);
+      const int64_t copies = device_->copies_to(page).queued;
       device_->launch(compute_, work.expert_seconds[expert], work.expert_calls, layer, [=, this] {
-        wrong_reads_ += std::memcmp(page, expected, static_cast<size_t>(store_->layout().page_bytes)) != 0;
+        const bool same = std::memcmp(page, expected, static_cast<size_t>(store_->layout().page_bytes)) == 0;
+        wrong_reads_ += !same || device_->copies_to(page).done != copies;
       });
     });
     device_->launch(compute_, work.after_seconds, work.after_calls, layer, [] {});

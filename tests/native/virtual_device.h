@@ -7,11 +7,13 @@
 //                 copy will fill are poison. What was not waited for is read as poison.
 //   early copies: a copy runs when it is queued, behind only what it must wait for; kernels run when something must
 //                 wait for them. A slot that is refilled too early has lost what a kernel was to read.
+// A slot may be refilled too early and then again with the first page: copies are counted, too (copies_to).
 #pragma once
 #include <algorithm>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -46,6 +48,7 @@ class VirtualDevice final : public Device {
     double launch_seconds = 0;  // kernels that nothing but the host kept from starting
     int64_t host_waits = 0;
     double host_wait_seconds = 0;
+    int64_t event_calls = 0;  // records, and waits of streams
   };
 
   VirtualDevice(const VirtualRates& rates, Effects effects) : rates_(rates), effects_(effects) {}
@@ -70,12 +73,14 @@ class VirtualDevice final : public Device {
 
   void record(Event event, Stream stream) override {
     VirtualStream& on = call_on(stream, rates_.event_seconds);
+    ++totals_.event_calls;
     const auto record = std::make_shared<Record>(Record{&on, std::max({on.end, on.blocked_until, now_})});
     on.operations.push_back({[=] { record->done = true; }});
     static_cast<VirtualEvent*>(event)->latest = record;
   }
   void stream_wait(Stream stream, Event event) override {
     VirtualStream& on = call_on(stream, rates_.event_seconds);
+    ++totals_.event_calls;
     const auto& record = static_cast<VirtualEvent*>(event)->latest;
     if (record == nullptr) return;  // never recorded: done
     on.blocked_until = std::max(on.blocked_until, record->time);
@@ -103,7 +108,12 @@ class VirtualDevice final : public Device {
     spans_.push_back({src, 0, on.end - rates_.copy_seconds, on.end});
     const auto size = static_cast<size_t>(bytes);
     if (effects_ == Effects::late_copies) std::memset(dst, kPoison, size);
-    on.operations.push_back({[=] { std::memcpy(dst, src, size); }});
+    Copies& to = copies_[dst];
+    ++to.queued;
+    on.operations.push_back({[=, &to] {
+      std::memcpy(dst, src, size);
+      ++to.done;
+    }});
     if (effects_ == Effects::early_copies) run_all(on);
   }
   void register_host(void*, size_t) override {}
@@ -137,6 +147,10 @@ class VirtualDevice final : public Device {
   const Totals& totals() const { return totals_; }
   const std::vector<Span>& spans() const { return spans_; }
   void clear_spans() { spans_.clear(); }
+  struct Copies {
+    int64_t queued = 0, done = 0;
+  };
+  const Copies& copies_to(const void* slot) { return copies_[slot]; }
 
  private:
   struct VirtualStream;
@@ -201,6 +215,7 @@ class VirtualDevice final : public Device {
   double engine_free_ = 0;  // from when on the copy engine is
   Totals totals_;
   std::vector<Span> spans_;
+  std::map<const void*, Copies> copies_;  // by slot
   std::vector<std::unique_ptr<VirtualStream>> streams_;
   std::vector<std::unique_ptr<VirtualEvent>> events_;
 };

@@ -13,7 +13,7 @@ inline constexpr hipError_t hipSuccess = 0;
 inline hipError_t hipGetLastError() { return emulator::take_last_error(); }
 inline const char* hipGetErrorString(hipError_t error) { return emulator::runtime::error_text(error); }
 enum hipDeviceAttribute_t { hipDeviceAttributeMultiprocessorCount };
-inline hipError_t hipGetDevice(int* device) { return *device = 0, hipSuccess; }
+inline hipError_t hipGetDevice(int* device) { return emulator::runtime::get_device(device); }
 inline hipError_t hipDeviceGetAttribute(int* value, hipDeviceAttribute_t, int) { return *value = 1, hipSuccess; }
 
 // The runtime's part, for device.hip.
@@ -21,8 +21,8 @@ using hipEvent_t = void*;
 enum hipMemcpyKind { hipMemcpyDefault };
 inline constexpr unsigned hipStreamNonBlocking = 1, hipEventDisableTiming = 2, hipHostRegisterPortable = 1;
 inline constexpr hipError_t hipErrorNotReady = emulator::runtime::not_ready;
-inline hipError_t hipGetDeviceCount(int* count) { return *count = 1, hipSuccess; }
-inline hipError_t hipSetDevice(int device) { return device == 0 ? hipSuccess : emulator::runtime::invalid_value; }
+inline hipError_t hipGetDeviceCount(int* count) { return emulator::runtime::count_devices(count); }
+inline hipError_t hipSetDevice(int device) { return emulator::runtime::set_device(device); }
 inline hipError_t hipMemGetInfo(size_t* free, size_t* total) {
   return *free = size_t{8} << 30, *total = size_t{12} << 30, hipSuccess;
 }
