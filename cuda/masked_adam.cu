@@ -291,10 +291,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) masked_adam_kernel(Mas
 
 void masked_adam(const MaskedAdamArgs& args, void* stream) {
   if (args.num_rows == 0) return;
-  const AdamGrid grid = adam_grid(args.num_rows, int64_t{multiprocessors()} * kBlocksPerSm, kMaxRows, kMaxGridX);
+  const unsigned blocks = adam_groups(args.num_rows, int64_t{multiprocessors()} * kBlocksPerSm, kMaxRows, kMaxGridX);
   with_adam_kernel(args, [&]<Format kFormat, AdamMode kMode, bool kMoments8>() {
-    launch("masked_adam", masked_adam_kernel<kFormat, kMode, kMoments8>, dim3(grid.groups), dim3(kThreads), stream,
-           args, rows_are_aligned(args));
+    launch("masked_adam", masked_adam_kernel<kFormat, kMode, kMoments8>, dim3(blocks), dim3(kThreads), stream, args,
+           rows_are_aligned(args));
   });
 }
 

@@ -312,10 +312,10 @@ void masked_adam(const MaskedAdamArgs& args, void* stream) {
   while (threads < kMaxThreads && int64_t{threads} * kQuad < args.cols) threads *= 2;
   const int64_t resident = int64_t{multiprocessors()} * kLanesPerUnit / threads;
   const int64_t rows = std::clamp<int64_t>(args.num_rows / (kGroupsInTurn * resident), kMinRows, kMaxRows);
-  const AdamGrid grid = adam_grid(args.num_rows, resident, rows, kMaxGridX);
+  const unsigned groups = adam_groups(args.num_rows, resident, rows, kMaxGridX);
   with_adam_kernel(args, [&]<Format kFormat, AdamMode kMode, bool kMoments8>() {
     with_wide(rows_are_aligned(args), [&]<bool kWide>() {
-      launch("masked_adam", masked_adam_kernel<kWide, kFormat, kMode, kMoments8>, dim3(grid.groups),
+      launch("masked_adam", masked_adam_kernel<kWide, kFormat, kMode, kMoments8>, dim3(groups),
              dim3(static_cast<unsigned>(threads)), stream, args);
     });
   });

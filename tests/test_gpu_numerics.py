@@ -72,18 +72,14 @@ def test_pairs_are_rounded_to_nearest_even(native):
     assert torch.equal(got[numbers].view(torch.int16), expected[numbers].view(torch.int16))
 
 
-def adam_grid(native: ctypes.CDLL, num_rows: int) -> tuple[int, int]:
-    groups, rows = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    call(native.adam_grid, num_rows, RESIDENT, MAX_ROWS, groups, rows)
-    return int(groups[0]), int(rows[0])
-
-
-def test_adam_grid_keeps_the_device_full(native):
+def test_masked_adam_keeps_the_device_full(native):
     """Of what as many full waves could do, the rows are at least 90 %, from 9 rows a resident block on."""
+    native.adam_groups.restype = ctypes.c_int64
     for num_rows in [*range(1, 30000, 7), RESIDENT * MAX_ROWS, RESIDENT * MAX_ROWS + 1, 8832, 10**6]:
-        groups, rows = adam_grid(native, num_rows)
-        assert 1 <= rows <= MAX_ROWS
-        assert (groups - 1) * rows < num_rows <= groups * rows
+        groups = native.adam_groups(*(ctypes.c_int64(number) for number in (num_rows, RESIDENT, MAX_ROWS)))
+        assert 1 <= groups <= num_rows
+        rows = -(-num_rows // groups)  # that the busiest group owns: they lie groups apart
+        assert rows <= MAX_ROWS
         waves = -(-groups // RESIDENT)
         if num_rows >= 9 * RESIDENT:
             assert num_rows / (waves * RESIDENT * rows) >= 0.9, num_rows

@@ -18,19 +18,14 @@ inline bool rows_are_aligned(const MaskedAdamArgs& a) {
          is_multiple(a.exp_avg_sq, a.exp_avg_sq_absmax ? kQuad : kQuad * 4);
 }
 
-struct AdamGrid {
-  unsigned groups;
-  int rows_per_group;
-};
-
-// `resident`: groups that the device runs at once. Groups own up to max_rows_per_group rows, as many groups as fill the
-// device a whole number of times: a few more would leave it nearly idle for as long as a full one takes.
-inline AdamGrid adam_grid(int64_t num_rows, int64_t resident, int64_t max_rows_per_group, int64_t max_groups) {
+// Workgroups, each for up to max_rows_per_group rows. `resident`: those that the device runs at once. As many as fill
+// it a whole number of times: a few more would leave it nearly idle for as long as a full one takes.
+inline unsigned adam_groups(int64_t num_rows, int64_t resident, int64_t max_rows_per_group, int64_t max_groups) {
   const int64_t most = resident * max_rows_per_group, waves = (num_rows + most - 1) / most;
   const int64_t rows = (num_rows + resident * waves - 1) / (resident * waves);
   const int64_t groups = (num_rows + rows - 1) / rows;
   if (groups > max_groups) throw std::invalid_argument("num_rows: too many rows for one launch");
-  return {static_cast<unsigned>(groups), static_cast<int>(rows)};
+  return static_cast<unsigned>(groups);
 }
 
 // body.operator()<kFormat, kMode, kMoments8>() with those of `args`; kMoments8: one of the moments or both are 8-bit.

@@ -26,9 +26,8 @@ void to_pairs(const float (*values)[8], int64_t count, uint32_t (*pairs)[4]) {
   for (int64_t i = 0; i < count; ++i) to_bf16_pairs(values[i], pairs[i]);
 }
 
-void adam_grid(int64_t num_rows, int64_t resident, int64_t max_rows, int64_t* groups, int64_t* rows_per_group) {
-  const gpu::AdamGrid grid = gpu::adam_grid(num_rows, resident, max_rows, int64_t{1} << 31);
-  *groups = grid.groups, *rows_per_group = grid.rows_per_group;
+int64_t adam_groups(int64_t num_rows, int64_t resident, int64_t max_rows) {
+  return gpu::adam_groups(num_rows, resident, max_rows, int64_t{1} << 31);
 }
 
 }  // extern "C"
