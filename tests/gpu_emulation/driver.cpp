@@ -17,7 +17,9 @@ extern "C" {
 const char* last_message() { return driver_message().c_str(); }
 void set_schedule(int schedule) { emulator::control().schedule = schedule; }
 void fail_next_launch(int error) { emulator::control().fail_launch = error; }
-void leave_an_error() { emulator::launch(dim3(0), dim3(1), 0, nullptr, 32, [] {}); }  // that nobody takes
+void leave_an_error() {
+  emulator::launch(dim3(0), dim3(1), 0, nullptr, 32, [] {});
+}  // that nobody takes
 void* last_stream() { return emulator::control().last_stream; }
 int64_t launches() { return emulator::control().launches; }
 
