@@ -2,12 +2,11 @@
 //
 // Written for RDNA2 (wave32), right on any wave size. A workgroup owns whole rows (up to 32, fewer where that would
 // leave units idle), one in every gridDim.x, since inactive rows are neighbours: an expert's. It lies along one of them
-// at a time, four weights a lane, so that row addresses are scalar work
-// and fp32 moves in 16-byte accesses that are contiguous over the wave; every load of a lane starts before the first is
-// used. One lane a row computes the row's AdamScalars, since double precision is slow here, and alone reads and writes
-// the row's step. A block's absmax is found among its 16 lanes; that of 256 moments of 8 bits among 64, two waves that
-// meet in LDS.
-// Bytes a weight: grad's 2 or 4, twice master's 2 or 4 or residual's 1, moments 16 or 4, codes 1 to 4.
+// at a time, four weights a lane, so that row addresses are scalar work and fp32 moves in 16-byte accesses that are
+// contiguous over the wave; every load of a lane starts before the first is used. One lane a row computes the row's
+// AdamScalars, since double precision is slow here, and alone reads and writes the row's step. A block's absmax is
+// found among its 16 lanes; that of 256 moments of 8 bits among 64, two waves that meet in LDS. Bytes a weight: grad's
+// 2 or 4, twice master's 2 or 4 or residual's 1, moments 16 or 4, codes 1 to 4.
 #include <algorithm>
 
 #include "gpu/masked_adam_launch.h"
