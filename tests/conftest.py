@@ -92,6 +92,13 @@ def device(request):
         yield chosen
 
 
+@pytest.fixture
+def on_gpu():
+    """`device`, for what is tested on a GPU alone."""
+    with devices.running_on(devices.gpu()):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A random Qwen3-MoE checkpoint in bf16; read it, never write to it."""

@@ -40,12 +40,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def on_gpu():
-    with devices.running_on(GPU):
-        yield
-
-
 def make_experts(**options):
     torch.manual_seed(3)
     return PagedExperts.from_weights(*weights(), **options)

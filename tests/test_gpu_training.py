@@ -15,7 +15,6 @@ import stream_races
 import torch
 import usaf_ext
 from device_waits import Waits
-from expert_layers import weights
 from stream_races import Races
 from trained_models import banked_model, give_gradient, paged_model, same_bits, tokens
 from usaf_ext import (
@@ -25,7 +24,6 @@ from usaf_ext import (
     train,
 )
 from usaf_ext.bank import share_gradients
-from usaf_ext.experts import PagedExperts
 from usaf_ext.host_updates import HostUpdates
 from usaf_ext.loss import causal_lm_loss
 from usaf_ext.router import train_routers
@@ -36,17 +34,6 @@ if GPU is None:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def on_gpu():
-    with devices.running_on(GPU):
-        yield
-
-
-def make_experts(**options):
-    torch.manual_seed(3)
-    return PagedExperts.from_weights(*weights(), **options)
 
 
 # What a step waits for
