@@ -14,7 +14,7 @@
 #include "launch.h"
 #include "numerics/block_codec.h"
 #include "pack.h"
-#include "quad.h"
+#include "shared_tables.h"
 #include "with_format.h"
 
 namespace usaf::gpu {

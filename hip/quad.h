@@ -2,22 +2,10 @@
 #pragma once
 #include <cstdint>
 
-#include "numerics/adam_quad.h"
 #include "pack.h"
+#include "shared_tables.h"
 
 namespace usaf::gpu {
-
-__device__ constexpr Nf4Tables kNf4 = kNf4Tables;
-
-// Into LDS, by a workgroup; a barrier must follow.
-template <class Table>
-__device__ __forceinline__ void copy_table(Table& shared, const Table& table, int thread, int threads) {
-  static_assert(sizeof(Table) % sizeof(uint32_t) == 0);
-  constexpr int kWords = sizeof(Table) / sizeof(uint32_t);
-  for (int i = thread; i < kWords; i += threads) {
-    reinterpret_cast<uint32_t*>(&shared)[i] = reinterpret_cast<const uint32_t*>(&table)[i];
-  }
-}
 
 __device__ __forceinline__ int quad_count(int64_t col, int64_t cols) {
   return static_cast<int>(col >= cols ? 0 : cols - col < kQuad ? cols - col : kQuad);
